@@ -1,0 +1,281 @@
+"""What the report shows, from the catalogue and the evidence: plain values, no markup."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from paperclaims.fixtures.verdict import (
+    ACCELERATOR,
+    EXTRA,
+    FAILED,
+    IN_PART,
+    INCONCLUSIVE,
+    NOT_ENCODED,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    claim_status,
+    paper_verdict,
+)
+
+NOT_RUN = "not run"
+ORDER = (REPRODUCED, IN_PART, NOT_REPRODUCED, INCONCLUSIVE, ACCELERATOR, EXTRA, FAILED, NOT_RUN, NOT_ENCODED)
+ARMS = ("claim", "control")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One claim under one set of parameters; `arms` has a record for each arm that ran."""
+
+    params: str
+    status: str
+    reason: str
+    arms: dict[str, dict]
+    others: tuple[dict, ...] = ()
+
+    @property
+    def margin(self) -> float | None:
+        """The least distance of a decisive interval to its threshold, in interval widths; None where nothing is open to chance."""
+        if self.status == REPRODUCED:
+            decisive = self.arms["claim"]["requirements"]
+        elif self.status == NOT_REPRODUCED:
+            broken = [r for r in self.arms["claim"]["requirements"] if r["outcome"] == "contradicted"]
+            decisive = [max(broken, key=lambda r: math.inf if margin(r) is None else margin(r))]
+        else:
+            return None
+        control = self.arms["control"]
+        decisive = decisive + [r for r in control["requirements"] if r["quantity"] in control["control_breaks"]]
+        return min((found for found in map(margin, decisive) if found is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper: the first record stands for what all its records state alike."""
+
+    record: dict
+    verdict: str
+    settings: tuple[Setting, ...]
+
+    @property
+    def records(self) -> list[dict]:
+        return [record for setting in self.settings for record in setting.arms.values()]
+
+    @property
+    def reasons(self) -> list[str]:
+        return list(dict.fromkeys(setting.reason for setting in self.settings if setting.reason))
+
+    @property
+    def margin(self) -> float | None:
+        return min((s.margin for s in self.settings if s.margin is not None), default=None)
+
+    @property
+    def duration(self) -> float:
+        return sum(record["duration"] for record in self.records)
+
+    @property
+    def command(self) -> str:
+        """Reruns every setting and both arms under the recorded seed."""
+        return f"python -m pytest {self.record['module']}::{self.record['test']} --seed {self.record['seed']}"
+
+    @property
+    def headline(self) -> dict | None:
+        """The claim arm's requirement that the control breaks: what stands beside the paper's number."""
+        record = self.settings[0].arms.get("claim")
+        found = record["requirements"] if record else []
+        return next((r for r in found if r["quantity"] in record["control_breaks"]), found[0] if found else None)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A row of the catalogue with what its claims measured."""
+
+    slug: str
+    topic: str
+    title: str
+    year: int | None
+    claim: str
+    arxiv: str
+    authors: tuple[str, ...]
+    missing: str
+    module: str
+    verdict: str
+    why: str
+    claims: tuple[Claim, ...]
+
+    @property
+    def records(self) -> list[dict]:
+        return [record for claim in self.claims for record in claim.records]
+
+    @property
+    def stale(self) -> bool:
+        return any(record["stale"] for record in self.records)
+
+    @property
+    def scales(self) -> list[str]:
+        return list(dict.fromkeys(claim.record["scale"] for claim in self.claims if claim.record["central"]))
+
+    @property
+    def margin(self) -> float | None:
+        return min((c.margin for c in self.claims if c.record["central"] and c.margin is not None), default=None)
+
+    @property
+    def duration(self) -> float | None:
+        return sum(claim.duration for claim in self.claims) if self.claims else None
+
+
+def margin(requirement: dict) -> float | None:
+    """Distance of the interval to the bound that decides, in interval widths: 0 when it straddles, None for an exact number."""
+    low, high = requirement["low"], requirement["high"]
+    if high <= low:
+        return None
+    above = -math.inf if requirement["above"] is None else requirement["above"]
+    below = math.inf if requirement["below"] is None else requirement["below"]
+    inside, outside = min(low - above, below - high), max(above - high, low - below)
+    return max(inside, outside, 0.0) / (high - low)
+
+
+def papers(catalogue: Iterable[dict], records: Iterable[dict], by_label: dict[str, list[dict]], root: Path) -> list[Paper]:
+    """Every row of the catalogue, by topic and slug.
+
+    Args:
+        catalogue: rows with slug, topic, title, claim, and where known year, arxiv, authors, missing.
+        records: the evidence to show, each with `label` and `stale` (fixtures.evidence.current).
+        by_label: all evidence by machine, to list what else was measured.
+        root: the repository, to tell a paper that is encoded from one that is not.
+    """
+    shown: dict[str, list[dict]] = {}
+    for record in records:
+        shown.setdefault(record["slug"], []).append(record)
+    elsewhere: dict[str, list[dict]] = {}
+    for label, found in by_label.items():
+        for record in found:
+            elsewhere.setdefault(record["slug"], []).append(record | {"label": label})
+    rows = sorted(catalogue, key=lambda row: (row["topic"], row["slug"]))
+    return [_paper(row, shown.get(row["slug"], []), elsewhere.get(row["slug"], []), root) for row in rows]
+
+
+def totals(found: Iterable[Paper]) -> dict[str, int]:
+    """Number of papers by verdict, in the order of the report, the verdicts that nobody has left out."""
+    counts = Counter(paper.verdict for paper in found)
+    return {verdict: counts[verdict] for verdict in ORDER if counts[verdict]}
+
+
+def as_json(found: list[Paper], problems: list[str], built: str) -> dict:
+    """report.json: everything the pages say, for machines."""
+    topics = list(dict.fromkeys(paper.topic for paper in found))
+    return {
+        "schema": 1,
+        "built": built,
+        "totals": {"papers": len(found), "claims": sum(len(p.claims) for p in found), "verdicts": totals(found)},
+        "topics": {topic: totals(paper for paper in found if paper.topic == topic) for topic in topics},
+        "papers": [_paper_json(paper) for paper in found],
+        "problems": problems,
+    }
+
+
+def _paper(row: dict, records: list[dict], elsewhere: list[dict], root: Path) -> Paper:
+    tests: dict[tuple, list[dict]] = {}
+    for record in records:
+        tests.setdefault((record["line"], record["test"]), []).append(record)
+    claims = tuple(_claim(tests[key], elsewhere) for key in sorted(tests))
+    module = f"claims/{row['topic']}/test_{row['slug']}.py"
+    verdict = paper_verdict(records).verdict
+    if verdict == NOT_ENCODED and (root / module).exists():
+        verdict = NOT_RUN
+    return Paper(
+        slug=row["slug"],
+        topic=row["topic"],
+        title=row["title"],
+        year=row.get("year"),
+        claim=row["claim"],
+        arxiv=row.get("arxiv") or "",
+        authors=tuple(row.get("authors") or ()),
+        missing=row.get("missing") or "",
+        module=module,
+        verdict=verdict,
+        why=_why(verdict, claims),
+        claims=claims,
+    )
+
+
+def _claim(records: list[dict], elsewhere: list[dict]) -> Claim:
+    settings = []
+    for params in dict.fromkeys(record["params"] for record in records):
+        arms = {arm: r for arm in ARMS for r in records if r["params"] == params and r["arm"] == arm}
+        status = claim_status(arms.values())
+        settings.append(Setting(params, status.status, status.reason, arms, _others(arms, elsewhere)))
+    return Claim(records[0], paper_verdict(records).verdict, tuple(settings))
+
+
+def _others(arms: dict[str, dict], elsewhere: list[dict]) -> tuple[dict, ...]:
+    """What other machines measured for the same claim and parameters: label, claim-arm record, status."""
+    ids = {record["nodeid"] for record in arms.values()}
+    used = {record["label"] for record in arms.values()}
+    labels: dict[str, list[dict]] = {}
+    for record in elsewhere:
+        if record["nodeid"] in ids and record["label"] not in used and record["outcome"] != "skipped":
+            labels.setdefault(record["label"], []).append(record)
+    return tuple({"label": label, "record": rs[0], "status": claim_status(rs).status} for label, rs in sorted(labels.items()))
+
+
+def _why(verdict: str, claims: tuple[Claim, ...]) -> str:
+    central = [claim for claim in claims if claim.record["central"]] or list(claims)
+    counts = Counter(claim.verdict for claim in central)
+    held, n = counts[REPRODUCED], len(central)
+    words = {NOT_REPRODUCED: "did not hold here", IN_PART: "held in part", REPRODUCED: "held here"}
+    words |= {INCONCLUSIVE: "could not be decided here", ACCELERATOR: "need an accelerator", EXTRA: "need a missing package"}
+    parts = ", ".join(f"{counts[status]} {words[status]}" for status in ORDER if counts[status] and status in words)
+    several = f"Of {n} central claims, {parts}." if n > 1 else ""
+    if verdict == REPRODUCED:
+        subject = "The central claim" if n == 1 else f"All {held} central claims"
+        return f"{subject} held here, and every control broke the rule that it had to break."
+    if verdict == IN_PART:
+        return several or "The central claim held under some of its settings and not under others."
+    if verdict == NOT_REPRODUCED:
+        return f"The headline claim did not hold here. {several}".strip()
+    if verdict == INCONCLUSIVE:
+        return several or "The effect is smaller than what this set-up can resolve."
+    return {
+        ACCELERATOR: "Only a GPU can decide this, and no run on one has been recorded yet.",
+        EXTRA: "An optional package was missing when this ran; the message below says what to install.",
+        FAILED: "A run ended in a way that nobody expected: there is no verdict until somebody has looked.",
+        NOT_RUN: "The claims are written, but no run of them has been recorded here yet.",
+        NOT_ENCODED: "Nobody has written this paper's claims as tests yet, so nothing is known about it here.",
+    }[verdict]
+
+
+def _paper_json(paper: Paper) -> dict:
+    return {
+        "slug": paper.slug,
+        "title": paper.title,
+        "topic": paper.topic,
+        "year": paper.year,
+        "arxiv": paper.arxiv,
+        "verdict": paper.verdict,
+        "why": paper.why,
+        "missing": paper.missing,
+        "margin": paper.margin,
+        "duration": paper.duration,
+        "stale": paper.stale,
+        "claims": [_claim_json(claim) for claim in paper.claims],
+    }
+
+
+def _claim_json(claim: Claim) -> dict:
+    stated = ("test", "statement", "scale", "control", "differs", "central", "paper_value")
+    ran = ("outcome", "message", "label", "stale", "seed", "duration", "time", "requirements")
+    return {
+        **{key: claim.record[key] for key in stated},
+        "verdict": claim.verdict,
+        "margin": claim.margin,
+        "settings": [
+            {
+                "params": setting.params,
+                "status": setting.status,
+                "reason": setting.reason,
+                "arms": {arm: {key: record[key] for key in ran} for arm, record in setting.arms.items()},
+            }
+            for setting in claim.settings
+        ],
+    }
