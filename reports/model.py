@@ -175,10 +175,10 @@ def as_json(found: list[Paper], problems: list[str], built: str) -> dict:
 
 
 def _paper(row: dict, records: list[dict], elsewhere: list[dict], root: Path) -> Paper:
-    tests: dict[tuple, list[dict]] = {}
-    for record in records:
-        tests.setdefault((record["line"], record["test"]), []).append(record)
-    claims = tuple(_claim(tests[key], elsewhere) for key in sorted(tests))
+    tests: dict[str, list[dict]] = {}
+    for record in sorted(records, key=lambda record: record["line"]):
+        tests.setdefault(record["test"], []).append(record)
+    claims = tuple(_claim(found, elsewhere) for found in tests.values())
     module = f"claims/{row['topic']}/test_{row['slug']}.py"
     verdict = paper_verdict(records).verdict
     if verdict == NOT_ENCODED and (root / module).exists():
@@ -216,7 +216,10 @@ def _others(arms: dict[str, dict], elsewhere: list[dict]) -> tuple[dict, ...]:
     for record in elsewhere:
         if record["nodeid"] in ids and record["label"] not in used and record["outcome"] != "skipped":
             labels.setdefault(record["label"], []).append(record)
-    return tuple({"label": label, "record": rs[0], "status": claim_status(rs).status} for label, rs in sorted(labels.items()))
+    return tuple(
+        {"label": label, "record": min(found, key=lambda r: r["arm"]), "status": claim_status(found).status}
+        for label, found in sorted(labels.items())
+    )
 
 
 def _why(verdict: str, claims: tuple[Claim, ...]) -> str:

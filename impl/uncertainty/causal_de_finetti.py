@@ -9,6 +9,7 @@ and in general not the mirror image, so that two samples from each of many envir
 Exact joints by enumeration, independence tests on contingency tables, and the bivariate and the multivariate algorithm.
 """
 
+from collections.abc import Callable
 from functools import cache, reduce
 from itertools import product
 from math import prod
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 X_TO_Y, Y_TO_X, NO_EDGE = 0, 1, 2
+
+PValue = Callable[[int, int, frozenset[int]], float]
 
 
 def _log_beta(a: Tensor, b: Tensor) -> Tensor:
@@ -93,35 +96,37 @@ def mixture_joint(theta: Tensor, psi: Tensor, weights: Tensor, samples: int = 2)
     return (weights.unsqueeze(-1) * law).sum(-2).unflatten(-1, (2,) * (2 * samples))
 
 
-def conditional_mutual_information(joint: Tensor, left: tuple[int, ...], right: tuple[int, ...], given: tuple[int, ...]) -> Tensor:
+def conditional_mutual_information(
+    joint: Tensor, left: tuple[int, ...], right: tuple[int, ...], given: tuple[int, ...] = (), *, variables: int
+) -> Tensor:
     """I(left; right | given) in nats, by enumeration.
 
     Args:
-        joint: probabilities, shape (..., L_0, ..., L_{V-1}), where V - 1 is the largest axis named or more.
-        left, right, given: disjoint sets of variables, counted from the end (-1 is the last axis); `given` may be empty.
+        joint: probabilities, shape (..., L_0, ..., L_{V-1}); the leading axes are independent joints.
+        left, right, given: disjoint sets of variables, numbered from 0 to V - 1; `given` may be empty.
+        variables: number V of trailing axes that are variables.
 
     Returns:
-        Shape of the leading axes: what remains when the axes from the smallest one named on are removed. Never below -1e-15 or so.
+        Shape of the leading axes; zero up to rounding (of either sign, some 1e-16) where the independence holds.
 
     Raises:
-        ValueError: sets that overlap, an empty side, an axis that is not negative, or negative or non-finite probabilities.
+        ValueError: sets that overlap, an empty side, a variable out of range, or negative or non-finite probabilities.
     """
     named = (*left, *right, *given)
     if len(set(named)) != len(named) or not left or not right:
         raise ValueError("left, right and given must be disjoint, left and right not empty")
-    if max(named) >= 0 or min(named) < -joint.ndim:
-        raise ValueError(f"axes are counted from the end, from -1 to {-joint.ndim}")
+    if not 0 < variables <= joint.ndim or min(named) < 0 or max(named) >= variables:
+        raise ValueError(f"variables must be among the {variables} trailing axes of {tuple(joint.shape)}, got {named}")
     if not bool((joint >= 0).all() & joint.isfinite().all()):
         raise ValueError("probabilities must be finite and not negative")
 
     def marginal(kept: tuple[int, ...]) -> Tensor:
-        dropped = [axis for axis in range(min(named), 0) if axis not in kept]
+        dropped = [axis - variables for axis in range(variables) if axis not in kept]
         return joint.sum(dropped, keepdim=True) if dropped else joint
 
-    p = marginal(named)
-    p_left, p_right, p_given = marginal((*left, *given)), marginal((*right, *given)), marginal(given)
+    p, p_left, p_right, p_given = marginal(named), marginal((*left, *given)), marginal((*right, *given)), marginal(given)
     terms = torch.xlogy(p, p * p_given) - torch.xlogy(p, p_left * p_right)
-    return terms.sum(list(range(min(named), 0)))
+    return terms.sum(list(range(-variables, 0)))
 
 
 def contingency_table(values: Tensor, levels: int = 2) -> Tensor:
@@ -146,7 +151,7 @@ def contingency_table(values: Tensor, levels: int = 2) -> Tensor:
     for variable in values.unbind(-1):
         codes = codes * levels + variable
     offset = torch.arange(prod(batch), device=values.device).unsqueeze(-1) * levels**variables
-    counts = torch.bincount((codes.reshape(-1, observations) + offset).flatten(), minlength=prod(batch) * levels**variables)
+    counts = torch.bincount((codes.reshape(prod(batch), observations) + offset).flatten(), minlength=prod(batch) * levels**variables)
     return counts.double().reshape(*batch, *(levels,) * variables)
 
 
@@ -158,8 +163,8 @@ def independence_test(table: Tensor, statistic: str = "g") -> tuple[Tensor, Tens
         statistic: "g" (likelihood ratio) or "chi2" (Pearson).
 
     Returns:
-        (statistic, p-value), each of shape (...), float64. The degrees of freedom of a stratum are (rows - 1)(columns - 1), counting
-        the rows and columns that occur in it; without any, the p-value is 1.
+        (statistic, p-value), each of shape (...), float64. The degrees of freedom of a stratum are (rows - 1)(columns - 1),
+        counting the rows and columns that occur in it; without any, the p-value is 1.
 
     Raises:
         ValueError: fewer than three axes, negative or non-finite counts, an unknown statistic.
@@ -223,7 +228,7 @@ def bivariate_p_values(samples: Tensor, levels: int = 2) -> tuple[Tensor, Tensor
 def bivariate_graph(p_forward: Tensor, p_backward: Tensor, p_independent: Tensor, alpha: float = 0.05) -> Tensor:
     """Decision between X -> Y (0), Y -> X (1) and no edge (2) from the three p-values of `bivariate_p_values`, same shapes.
 
-    The pattern of rejections that fits one graph decides; where none fits, the largest p-value does (the released code's fallback).
+    The pattern of rejections that fits one graph decides; where none fits, the largest p-value does.
 
     Raises:
         ValueError: alpha outside (0, 1), or a p-value outside [0, 1] or NaN.
@@ -241,20 +246,20 @@ def bivariate_graph(p_forward: Tensor, p_backward: Tensor, p_independent: Tensor
     return torch.where(fits.any(-1), fits.long().argmax(-1), p.argmax(-1))
 
 
-def recover_graphs(samples: Tensor, alpha: float = 0.05, levels: int = 2, force_sink: bool = True) -> Tensor:
+def recover_graphs(samples: Tensor, alpha: float = 0.05, levels: int = 2, force_sink: bool = False) -> Tensor:
     """The causal graph of each data set, from two samples in every environment.
 
-    Order: a variable i is a sink of the variables left when X_{i;1} _||_ X_{k;2} | X_{others;1} for each other k; sinks are taken off
-    layer by layer. Edges: from the nearest layers outwards, j -> k when X_j and X_k depend within a sample, given the variables above
-    j's layer, the parents of k found in between, and the variables of j's layer that share a child with j.
+    Order: a variable i is a sink of the variables left when X_{i;1} _||_ X_{k;2} | X_{others;1} for each other k; sinks are taken
+    off layer by layer. Edges: from the nearest layers outwards, j -> k when X_j and X_k depend within a sample, given the
+    variables above j's layer, the parents of k found in between, and the variables of j's layer that share a child with j.
 
     Args:
         samples: integers, shape (G, E, 2, V): data set, environment, sample, variable. All tests are done on G tables of
             levels^(2 V) counts.
         alpha: level of every test.
         levels: number of values of each variable.
-        force_sink: where no variable passes as a sink, take the one whose worst p-value is largest; otherwise, as in the released code,
-            the variables left stay without edges.
+        force_sink: where no variable passes as a sink, take the one whose worst p-value is largest. Without it, as in the
+            released code, the variables left stay without edges.
 
     Returns:
         bool adjacency, shape (G, V, V): [g, j, k] says j -> k; always acyclic.
@@ -262,7 +267,7 @@ def recover_graphs(samples: Tensor, alpha: float = 0.05, levels: int = 2, force_
     Raises:
         ValueError: another shape, alpha outside (0, 1), values that are not integers in [0, levels).
 
-    Source: the paper's multivariate algorithm. Its released code leaves the set that shares a child empty, by a slip; here it is used.
+    Source: the paper's multivariate algorithm. Its released code, by a slip, leaves empty the set that shares a child.
     """
     _check(samples)
     if samples.ndim != 4:
@@ -281,15 +286,33 @@ def recover_graphs(samples: Tensor, alpha: float = 0.05, levels: int = 2, force_
         return _p_value(table, 2 * variables, j, k, tuple(sorted(given))).tolist()
 
     adjacency = torch.zeros(graphs, variables, variables, dtype=torch.bool)
-    for graph in range(graphs):
-        layers = _sink_layers(lambda i, k, others, g=graph: across(i, k, others)[g], variables, alpha, force_sink)
-        for j, k in _edges(lambda j, k, given, g=graph: within(j, k, given)[g], layers, alpha):
-            adjacency[graph, j, k] = True
+    for g in range(graphs):
+        edges = recover_graph(
+            lambda i, k, others, g=g: across(i, k, others)[g],
+            lambda j, k, given, g=g: within(j, k, given)[g],
+            variables,
+            alpha,
+            force_sink,
+        )
+        for j, k in edges:
+            adjacency[g, j, k] = True
     return adjacency.to(samples.device)
 
 
-def _sink_layers(across, variables: int, alpha: float, force_sink: bool) -> list[frozenset[int]]:
-    """Layers of sinks, the last ones first; `across(i, k, others)` is the p-value of X_{i;1} _||_ X_{k;2} | X_{others;1}."""
+def recover_graph(
+    across: PValue, within: PValue, variables: int, alpha: float = 0.05, force_sink: bool = False
+) -> set[tuple[int, int]]:
+    """The algorithm of `recover_graphs` on any test of independence, an oracle among them.
+
+    Args:
+        across: (i, k, others) -> p-value of X_{i;1} _||_ X_{k;2} | X_{others;1}, two samples of one environment.
+        within: (j, k, given) -> p-value of X_j _||_ X_k | X_given in one sample.
+        variables: number of variables, named 0, 1, ...
+        alpha, force_sink: as there.
+
+    Returns:
+        Directed edges (j, k), j -> k.
+    """
     layers, left = [], frozenset(range(variables))
     while left:
         worst = {i: min((across(i, k, left - {i}) for k in left - {i}), default=1.0) for i in left}
@@ -299,11 +322,7 @@ def _sink_layers(across, variables: int, alpha: float, force_sink: bool) -> list
         sinks = sinks or frozenset([max(worst, key=worst.get)])
         layers.append(sinks)
         left -= sinks
-    return layers
 
-
-def _edges(within, layers: list[frozenset[int]], alpha: float) -> set[tuple[int, int]]:
-    """Edges between layers of sinks; `within(j, k, given)` is the p-value of X_j _||_ X_k | X_given in one sample."""
     edges: set[tuple[int, int]] = set()
     for distance in range(1, len(layers)):
         for upper in range(distance, len(layers)):

@@ -1,0 +1,63 @@
+"""Numbers as a reader wants to see them: few digits, real minus signs, powers of ten only where they help."""
+
+import math
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float, digits: int = 4) -> str:
+    """`value` to `digits` significant digits; whole numbers below 10¹² in full."""
+    value = float(value)
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    if value == int(value) and abs(value) < 1e12:
+        return _minus(f"{value:,.0f}")
+    if 1e-3 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        text = f"{value:,.{decimals}f}"
+        return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
+    mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return _minus(f"{mantissa}×") + power(int(exponent))
+
+
+def power(exponent: int) -> str:
+    """A power of ten: 10⁻³, 1, 10, 100, 10⁶."""
+    return {0: "1", 1: "10", 2: "100"}.get(exponent, f"10{str(exponent).translate(SUPERSCRIPTS)}")
+
+
+def interval(estimate: float, low: float, high: float) -> tuple[str, str]:
+    """The estimate and its interval, with the digits that the interval's width justifies; no interval for an exact number."""
+    if low == high:
+        return number(estimate, 6), ""
+    largest, width = max(abs(low), abs(high)), high - low
+    if not math.isfinite(width) or largest >= 1e6 or largest < 1e-3 or width < 1e-9 * largest:
+        return number(estimate), f"[{number(low)}, {number(high)}]"
+    decimals = min(9, max(0, 1 - math.floor(math.log10(width))))
+    shown = [_minus(f"{value:,.{decimals}f}") for value in (estimate, low, high)]
+    return shown[0], f"[{shown[1]}, {shown[2]}]"
+
+
+def bounds(above: float | None, below: float | None, unit: str = "") -> str:
+    """A requirement in words."""
+    unit = f" {unit}" if unit and unit != "%" else unit and " %"
+    if above is not None and below is not None:
+        return f"exactly {number(above)}{unit}" if above == below else f"{number(above)} to {number(below)}{unit}"
+    return f"at least {number(above)}{unit}" if below is None else f"at most {number(below)}{unit}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def widths(margin: float | None) -> str:
+    """A margin in interval widths."""
+    if margin is None:
+        return "exact"
+    return "> 100" if margin > 100 else f"{margin:.1f}" if margin >= 0.1 or margin == 0 else f"{margin:.2f}"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

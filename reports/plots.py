@@ -1,0 +1,190 @@
+"""Interval plots as inline SVG: what was measured in each arm against the bound of the requirement, on one axis.
+
+Positions are percentages of the width, so that a plot takes any width while its text and markers keep their size; colours
+come from the page's style sheet, so that it follows light and dark and prints.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from paperclaims.reports.numbers import bounds, interval, number, power
+
+NAMES = {"claim": "Claim", "control": "Control"}
+SPAN = 1e3
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values to per cent of the width. `kind`: linear, log, or symlog (linear within `unit` of zero)."""
+
+    kind: str
+    start: float
+    stop: float
+    unit: float = 1.0
+
+    def scale(self, value: float) -> float:
+        if self.kind == "log":
+            return math.log10(value)
+        return math.copysign(math.log10(1 + abs(value) / self.unit), value) if self.kind == "symlog" else value
+
+    def at(self, value: float) -> float:
+        """Per cent of the width, 4 to 96 for what the axis was made for, clipped to 0 and 100."""
+        if not math.isfinite(value) or (self.kind == "log" and value <= 0):
+            return 100.0 if value > 0 else 0.0
+        share = (self.scale(value) - self.start) / (self.stop - self.start)
+        return round(min(100.0, max(0.0, 4 + 92 * share)), 2)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """At most five positions in per cent and their labels."""
+        if self.kind == "linear":
+            found = _nice(self.start, self.stop, 5)
+            if max(len(number(value)) for value in found) > 6:
+                found = _nice(self.start, self.stop, 3)
+            return [(self.at(value), number(value)) for value in found]
+        if self.kind == "log":
+            exponents = _thin(list(range(math.ceil(self.start - 1e-9), math.floor(self.stop + 1e-9) + 1)))
+            return [(self.at(10.0**e), power(e)) for e in exponents]
+        first, last = math.ceil(math.log10(self.unit)), [math.floor(math.log10(_unscale(abs(v), self.unit))) for v in self._ends()]
+        signed = [-(10.0**e) for e in reversed(_thin(list(range(first, last[0] + 1)), 2))]
+        signed += [0.0, *(10.0**e for e in _thin(list(range(first, last[1] + 1)), 3))]
+        inside = [value for value in signed if self.start <= self.scale(value) <= self.stop]
+        labels = {v: "0" if v == 0 else ("−" if v < 0 else "") + power(round(math.log10(abs(v)))) for v in inside}
+        return [(self.at(value), labels[value]) for value in inside]
+
+    def _ends(self) -> tuple[float, float]:
+        return min(self.start, 0.0) or 1e-12, max(self.stop, 0.0) or 1e-12
+
+
+def axis_for(requirements: Sequence[dict]) -> Axis:
+    """The axis on which all intervals and bounds are told apart: logarithmic when they span more than a factor of 1,000."""
+    limits = [r[side] for r in requirements for side in ("above", "below") if r[side] is not None]
+    values = [r[key] for r in requirements for key in ("estimate", "low", "high") if math.isfinite(r[key])] + limits
+    sizes = [max(abs(r["low"]), abs(r["high"]), abs(r["estimate"])) for r in requirements] + [abs(value) for value in limits]
+    sizes = [size for size in sizes if 0 < size < math.inf]
+    low, high = min(values), max(values)
+    if sizes and low > 0 and high / low > SPAN:
+        return Axis("log", math.log10(low), math.log10(high))
+    if sizes and max(sizes) / min(sizes) > SPAN:
+        unit = min(sizes)
+        axis = Axis("symlog", 0, 1, unit)
+        return Axis("symlog", axis.scale(low), axis.scale(high), unit)
+    room = (high - low) or abs(high) or 1.0
+    return Axis("linear", low, high) if high > low else Axis("linear", low - room / 2, high + room / 2)
+
+
+def interval_plot(quantity: str, groups: Sequence[tuple[str, dict[str, dict | None]]]) -> Markup:
+    """One requirement as a figure.
+
+    Args:
+        quantity: its name.
+        groups: for each set of parameters its label and, by arm, the requirement's record (or None).
+    """
+    shown = [requirement for _, arms in groups for requirement in arms.values() if requirement]
+    axis = axis_for(shown)
+    rules = {_rule(requirement) for requirement in shown}
+    unit = next((requirement["unit"] for requirement in shown if requirement["unit"]), "")
+    parts = []
+    previous = None
+    for label, arms in groups:
+        present = {arm: requirement for arm, requirement in arms.items() if requirement}
+        if not present:
+            continue
+        first = next(iter(present.values()))
+        if label:
+            parts.append(f'<div class="setting">{escape(label)}{f": {_rule(first)}" if len(rules) > 1 else ""}</div>')
+        if _rule(first) != previous:
+            parts.append(f'<div class="arm flag"><span></span>{_flag(axis, first)}</div>')
+            previous = _rule(first)
+        parts += [_row(axis, quantity, arm, requirement) for arm, requirement in present.items()]
+    parts.append(f'<div class="arm ticks"><span></span>{_ticks(axis)}</div>')
+    kind = {"linear": "", "log": "logarithmic axis", "symlog": "logarithmic axis, linear near zero"}[axis.kind]
+    rule = f"required: {rules.pop()}" if len(rules) == 1 else "required: see each setting"
+    notes = " · ".join(note for note in (rule, kind) if note)
+    return Markup(
+        f'<figure class="intervals"><figcaption><b>{escape(quantity)}</b>'
+        f"{f' <span class=unit>in {escape(unit)}</span>' if unit else ''} <span class=rule>{escape(notes)}</span></figcaption>"
+        f"{''.join(parts)}</figure>"
+    )
+
+
+def _row(axis: Axis, quantity: str, arm: str, requirement: dict) -> str:
+    estimate, spread = interval(requirement["estimate"], requirement["low"], requirement["high"])
+    outcome = requirement["outcome"]
+    measured = f"{estimate}, {requirement['level']:.0%} interval {spread}" if spread else f"{estimate} exactly"
+    title = f"{NAMES[arm]} arm, {quantity}: {measured}; required {_rule(requirement)}: {outcome}"
+    x = axis.at(requirement["estimate"])
+    if requirement["low"] == requirement["high"]:
+        mark = f'<svg x="{x}%" y="50%" class="mark"><path d="M0-7 7 0 0 7-7 0z"/></svg>'
+    else:
+        low, high = axis.at(requirement["low"]), axis.at(requirement["high"])
+        caps = "".join(f'<line x1="{end}%" x2="{end}%" y1="7" y2="21"/>' for end in (low, high))
+        mark = f'<g class="whisker"><line x1="{low}%" x2="{high}%" y1="14" y2="14"/>{caps}</g>'
+        mark += f'<circle class="mark" cx="{x}%" cy="14" r="5"/>'
+    return (
+        f'<div class="arm {arm} {escape(outcome)}"><span class="name">{NAMES[arm]}</span>'
+        f'<svg class="track" height="28" role="img"><title>{escape(title)}</title>{_side(axis, requirement)}{mark}</svg>'
+        f'<span class="value"><b>{estimate}</b> <span class="spread">{spread}</span> '
+        f'<span class="outcome">{escape(outcome)}</span></span></div>'
+    )
+
+
+def _side(axis: Axis, requirement: dict) -> str:
+    """The side that satisfies the requirement, shaded, and its edges."""
+    edges = [axis.at(requirement[side]) for side in ("above", "below") if requirement[side] is not None]
+    start, stop = _satisfied(axis, requirement)
+    lines = "".join(f'<line class="bound" x1="{edge}%" x2="{edge}%" y1="0" y2="100%"/>' for edge in edges)
+    return f'<rect class="satisfied" x="{start}%" width="{round(stop - start, 2)}%" height="100%"/>{lines}'
+
+
+def _flag(axis: Axis, requirement: dict) -> str:
+    """The bound in words where it stands on the axis, an arrow pointing to the side that satisfies it."""
+    start, stop = _satisfied(axis, requirement)
+    if requirement["above"] is None:
+        x, anchor, text = stop, "start" if stop < 30 else "end", f"← {_rule(requirement, unit=False)}"
+    elif requirement["below"] is None:
+        x, anchor, text = start, "end" if start > 70 else "start", f"{_rule(requirement, unit=False)} →"
+    else:
+        x = (start + stop) / 2
+        anchor, text = "start" if x < 25 else "end" if x > 75 else "middle", _rule(requirement, unit=False)
+    return f'<svg class="track" height="18" aria-hidden="true"><text x="{round(x, 2)}%" y="13" text-anchor="{anchor}">{text}</text></svg>'
+
+
+def _ticks(axis: Axis) -> str:
+    marks = []
+    for x, label in axis.ticks():
+        anchor = "start" if x < 6 else "end" if x > 94 else "middle"
+        marks.append(f'<line x1="{x}%" x2="{x}%" y1="0" y2="5"/><text x="{x}%" y="18" text-anchor="{anchor}">{label}</text>')
+    return f'<svg class="track" height="22" aria-hidden="true"><line x1="0" x2="100%" y1=".5" y2=".5"/>{"".join(marks)}</svg>'
+
+
+def _satisfied(axis: Axis, requirement: dict) -> tuple[float, float]:
+    start = 0.0 if requirement["above"] is None else axis.at(requirement["above"])
+    return start, 100.0 if requirement["below"] is None else axis.at(requirement["below"])
+
+
+def _rule(requirement: dict, unit: bool = True) -> str:
+    return bounds(requirement["above"], requirement["below"], requirement["unit"] if unit else "")
+
+
+def _nice(start: float, stop: float, most: int) -> list[float]:
+    """Round values between `start` and `stop`, at most `most` of them where that leaves at least two."""
+    rough = (stop - start) / most
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    for step in (magnitude * factor for factor in (1, 2, 5, 10, 20)):
+        first, last = math.ceil(start / step - 1e-9), math.floor(stop / step + 1e-9)
+        if last - first < most:
+            break
+    return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)]
+
+
+def _thin(values: list[int], most: int = 5) -> list[int]:
+    """Every k-th value, counted from the last, so that at most `most` remain."""
+    stride = max(1, math.ceil(len(values) / most))
+    return values[::-1][::stride][::-1]
+
+
+def _unscale(scaled: float, unit: float) -> float:
+    return max(unit * (10**scaled - 1), 1e-300)
