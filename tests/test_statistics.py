@@ -296,8 +296,7 @@ def test_rank_correlation_takes_the_larger_of_two_standard_errors():
     rng = np.random.default_rng(6)
     larger = []
     for n in (9, 30, 200):
-        x = rng.integers(0, 20, n)
-        y = x + rng.normal(size=n) * rng.integers(0, 12, n)
+        x, y = np.round(elliptical(0.9, 2, rng, (n,)), 1)
         above_x, above_y = (np.sign(v - v[:, None]) / 2 + 0.5 for v in (x, y))  # [i, j]: 1 if j is above i, 1/2 if they tie
         u, v = (0.5 - above.mean(1) for above in (above_x, above_y))
         spread = u.std() * v.std()
@@ -426,7 +425,7 @@ def test_eight_values_are_too_few_for_a_higher_level():
 
 @pytest.mark.parametrize("function", OF_TWO)
 def test_pairs_must_match(function):
-    with pytest.raises(ValueError, match="9 and 8 values"):
+    with pytest.raises(ValueError, match=r"9 and 8 values|8 and 9 values"):
         function(GOOD, GOOD[:8])
     with pytest.raises(ValueError, match="flat list"):
         function(GOOD[:, None], GOOD)
@@ -453,9 +452,9 @@ def test_unknown_statistic():
         paired_difference(GOOD, GOOD, "mode")
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(3, 2), (-1, 2), (0, 0), (1.5, 3), (math.nan, 3)])
+@pytest.mark.parametrize(("successes", "trials"), [(3, 2), (-1, 2), (0, 0), (1.5, 3), (math.nan, 3), (3, math.inf)])
 def test_impossible_counts(successes, trials):
-    with pytest.raises(ValueError, match=r"whole numbers|NaN"):
+    with pytest.raises(ValueError, match="whole numbers"):
         proportion_interval(successes, trials)
 
 

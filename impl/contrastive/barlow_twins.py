@@ -86,9 +86,7 @@ def standardise(z: Tensor, *, eps: float = 1e-5, group: dist.ProcessGroup | None
     return centred * (mean(centred.square()) + eps).rsqrt()
 
 
-def cross_correlation(
-    z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5, group: dist.ProcessGroup | None = None) -> Tensor:
     """Cross-correlation matrix between the columns of two views, Eq. 2.
 
     Args:

@@ -150,8 +150,9 @@ def contingency_table(values: Tensor, levels: int = 2) -> Tensor:
     codes = values.new_zeros(values.shape[:-1], dtype=torch.long)
     for variable in values.unbind(-1):
         codes = codes * levels + variable
-    offset = torch.arange(prod(batch), device=values.device).unsqueeze(-1) * levels**variables
-    counts = torch.bincount((codes.reshape(prod(batch), observations) + offset).flatten(), minlength=prod(batch) * levels**variables)
+    tables, cells = prod(batch), levels**variables
+    offset = torch.arange(tables, device=values.device).unsqueeze(-1) * cells
+    counts = torch.bincount((codes.reshape(tables, observations) + offset).flatten(), minlength=tables * cells)
     return counts.double().reshape(*batch, *(levels,) * variables)
 
 

