@@ -337,7 +337,7 @@ def test_published_file_without_network_skips_with_instructions(one_file, monkey
 
 
 def test_unknown_published_file(one_file):
-    with pytest.raises(ValueError, match=r"no published file 'c\.csv'; it has a\\.csv"):
+    with pytest.raises(ValueError, match=r"no published file 'c\.csv'; it has a\.csv"):
         published.published("paper", "c.csv")
     with pytest.raises(ValueError, match="no published files for 'none'"):
         published.names("none")

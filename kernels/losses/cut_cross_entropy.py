@@ -63,8 +63,9 @@ def linear_cross_entropy(
             gradients while the logits of a few tokens are at hand, a quarter less arithmetic, but it pays for gradients in a
             forward pass whose backward never comes, and it is not for reduction="none". "auto": "forward" where it
             measured faster at about equal memory, the PyTorch body in float32 and float64 with unsorted vocabulary.
-        backend: "auto", "torch" (tiled PyTorch, any device) or "triton".
-        tile: tokens and words of a tile, also the block of the filter; None: chosen for the memory of the sizes at hand.
+        backend: "auto", "torch" (tiled PyTorch, any device) or "triton" (float64 excepted).
+        tile: tokens and words of a tile, also the block of the filter (for Triton powers of two, at least 16); None: chosen
+            for the memory of the sizes at hand.
 
     Returns:
         The loss, scalar or shaped like `targets` (its last axis shorter by `shift`); float32 for 16-bit inputs.
@@ -79,7 +80,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(e.device.type)
         e, c, bias = e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
     _check(e, c, targets, bias, softcap, label_smoothing, reduction, shift, accumulate, gradients, tile)
-    backend = choose_backend(backend, e)
+    backend = choose_backend(backend, e) if backend != "auto" or e.dtype != torch.float64 else "torch"
     form = _form_in_forward(e, gradients, backend, reduction, sort_vocabulary)
     eps = torch.finfo(e.dtype).eps / 32 if filter_eps == "auto" else filter_eps or 0.0
     if isinstance(eps, str) or eps < 0:
@@ -88,7 +89,7 @@ def linear_cross_entropy(
         targets = torch.cat([targets[..., shift:], torch.full_like(targets[..., :shift], ignore_index)], -1)
     n, (v, d) = targets.numel(), c.shape
     needs = [form and torch.is_grad_enabled() and x is not None and x.requires_grad for x in (e, c, bias)]
-    tokens, words = tile or default_tile(n, v, d, e.element_size(), any(needs), eps > 0, accumulate, backend)
+    tokens, words = tile or default_tile(n, v, d, e.element_size(), any(needs), eps > 0, backend)
     options = Options(
         softcap or 0.0, label_smoothing, ignore_index, reduction, eps, filter_e, filter_c, sort_vocabulary, accumulate, tokens, words
     )
@@ -100,22 +101,16 @@ def linear_cross_entropy(
     return loss[..., : targets.shape[-1] - shift] if shift else loss
 
 
-def default_tile(
-    n: int, v: int, d: int, itemsize: int, form: bool, filtered: bool, accumulate: str, backend: str
-) -> tuple[int, int]:
+def default_tile(n: int, v: int, d: int, itemsize: int, form: bool, filtered: bool, backend: str) -> tuple[int, int]:
     """Tokens and words of a tile of logits, for n tokens, v words and d dimensions of `itemsize` bytes.
 
-    Where gradients are formed in the forward pass, the logits kept, tokens x v, take at most 3/8 of the gradients' own
-    bytes. A filter wants small blocks. On a GPU a tile holds all tokens, and with the running sum of the embeddings'
-    gradient it takes at most 4.5% of the gradients' bytes, 9.5% in fp32, or 1024 words.
+    On a GPU a tile lies in registers. Where the PyTorch body forms gradients in the forward pass, the logits kept, tokens x v,
+    take at most 3/8 of the gradients' own bytes. A filter wants small blocks.
     """
-    gradients = (n + v) * d * itemsize
     if backend == "triton":
-        running = {"fp32": 4 * n * d if itemsize < 4 else 0, "compensated": itemsize * n * d, "input": 0}[accumulate]
-        room = gradients * (0.095 if accumulate == "fp32" else 0.045) - running
-        return n, min(max(1024, int(room / (n * itemsize)) // 128 * 128 if n else 1024), -(-v // 128) * 128)
+        return (128, 128) if itemsize < 4 else (64, 64)
     if form:
-        return min(max(int(0.375 * gradients / (v * max(itemsize, 4))) // 16 * 16, 16), 512), 2048
+        return min(max(int(0.375 * (n + v) * d * itemsize / (v * max(itemsize, 4))) // 16 * 16, 16), 512), 2048
     return (128, 256) if filtered else (256, 2048)
 
 
@@ -263,11 +258,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(e, c, targets, bias, lse)
     ctx.formed = [x.detach() for x in formed] if form_e or form_c or form_bias else None
     ctx.consume = consume
+    ctx.set_materialize_grads(False)  # the other outputs are as large as the inputs
 
 
 def _differentiate(ctx, grad, *_):
     """Scales the gradients formed in the forward pass, in place the first time, or computes them from tiles."""
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    if grad is None:
+        return (None,) * (len(ctx.settings) + 8)
     if ctx.formed is None:
         formed = _backward_operator(grad, *ctx.saved_tensors, *needs, *ctx.settings)
     elif ctx.consume:

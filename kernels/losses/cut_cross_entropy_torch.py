@@ -74,7 +74,7 @@ def backward(
     """
     tile = _buffer(e, c, options)
     order = vocabulary_order(e, c, bias) if options.sort_vocabulary else None
-    place = targets if order is None else _inverse(order)[targets]
+    place = targets if order is None else inverse(order)[targets]
     de = _RunningSum(e, options.accumulate) if needs[0] else None
     dc = torch.empty_like(c, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias) if needs[2] else None
@@ -144,6 +144,11 @@ def vocabulary_order(e: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     """
     average = c @ e.mean(0, dtype=_compute_dtype(e.dtype)).to(c.dtype)
     return (average if bias is None else average + bias).argsort(descending=True, stable=True)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Place of every word in an order of the vocabulary."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 class _RunningLoss:
@@ -235,10 +240,6 @@ def _logit_gradient(
 def _inside(place: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Column of every target clamped to a tile of `width` columns, and whether it lay inside; each (n,)."""
     return place.clamp(0, width - 1), (place >= 0) & (place < width)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def _at(weights: Tensor | None, tokens: slice) -> Tensor | None:
