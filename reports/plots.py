@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from paperclaims.reports.numbers import bounds, interval, number, power
+from paperclaims.reports.text import bounds, interval, number, power
 
 NAMES = {"claim": "Claim", "control": "Control"}
 SPAN = 1e3
@@ -42,7 +42,7 @@ class Axis:
         if self.kind == "linear":
             found = _nice(self.start, self.stop, 5)
             if max(len(number(value)) for value in found) > 6:
-                found = _nice(self.start, self.stop, 3)
+                found = _nice(self.start, self.stop, 4)
             return [(self.at(value), number(value)) for value in found]
         if self.kind == "log":
             exponents = _thin(list(range(math.ceil(self.start - 1e-9), math.floor(self.stop + 1e-9) + 1)))
@@ -110,6 +110,28 @@ def interval_plot(quantity: str, groups: Sequence[tuple[str, dict[str, dict | No
     )
 
 
+def curve_plots(settings: Sequence[tuple[str, dict[str, dict]]]) -> list[dict]:
+    """Curves as plots, one per name and set of parameters, for the script that draws them.
+
+    Args:
+        settings: for each set of parameters its label and, by arm, the record.
+
+    Returns:
+        Dicts with title, setting, x_label, y_label, log, and series: name, arm, x, y, low, high. Where the control drew the same
+        numbers as the claim arm, they appear once.
+    """
+    plots: dict[tuple, dict] = {}
+    for label, arms in settings:
+        for arm, record in arms.items():
+            for curve in record["curves"]:
+                about = {"title": curve["name"], "setting": label, **{key: curve[key] for key in ("x_label", "y_label", "log")}}
+                plot = plots.setdefault((label, curve["name"]), about | {"series": []})
+                series = {"name": curve["series"], **{key: curve[key] for key in ("x", "y", "low", "high")}}
+                if not any(series == {key: known[key] for key in series} for known in plot["series"]):
+                    plot["series"].append(series | {"arm": arm})
+    return list(plots.values())
+
+
 def _row(axis: Axis, quantity: str, arm: str, requirement: dict) -> str:
     estimate, spread = interval(requirement["estimate"], requirement["low"], requirement["high"])
     outcome = requirement["outcome"]
@@ -170,10 +192,9 @@ def _rule(requirement: dict, unit: bool = True) -> str:
 
 
 def _nice(start: float, stop: float, most: int) -> list[float]:
-    """Round values between `start` and `stop`, at most `most` of them where that leaves at least two."""
-    rough = (stop - start) / most
-    magnitude = 10.0 ** math.floor(math.log10(rough))
-    for step in (magnitude * factor for factor in (1, 2, 5, 10, 20)):
+    """Two to `most` (at least four) round values between `start` and `stop`."""
+    magnitude = 10.0 ** math.floor(math.log10((stop - start) / most))
+    for step in (magnitude * factor for factor in (1, 2, 2.5, 5, 10, 20)):
         first, last = math.ceil(start / step - 1e-9), math.floor(stop / step + 1e-9)
         if last - first < most:
             break

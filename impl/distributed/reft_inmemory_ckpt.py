@@ -343,9 +343,10 @@ class NodeMemory:
 
     def encode(self, step: int, node: int, peers: Sequence["NodeMemory"], layout: np.ndarray) -> None:
         """Compute this node's parity of one step from every node's memory, in the group's order."""
+        images = [peer.image(step) for peer in peers]
         slot = self.steps.index(step)
         self.header[5 + 2 * slot] = -1
-        encode_node([peer.image(step) for peer in peers], node, layout, self.parity)
+        encode_node(images, node, layout, self.parity)
         self.header[5 + 2 * slot] = step
 
     def rebuild(self, step: int, node: int, peers: Sequence["NodeMemory | None"], layout: np.ndarray) -> None:
@@ -393,7 +394,8 @@ class Cluster:
         timeout: seconds that an SMP has to answer.
 
     Raises:
-        TimeoutError: an SMP does not answer in time. RuntimeError: it reports an error or is gone.
+        TimeoutError: an SMP does not answer in time (its node is then best lost and rebuilt).
+        RuntimeError: an SMP reports an error or is gone.
     """
 
     def __init__(self, nodes: int, shard_bytes: int, parity: int = 1, rotated: bool = True, timeout: float = 120.0):
@@ -429,10 +431,9 @@ class Cluster:
 
     def encode(self, step: int) -> None:
         """Have every SMP compute its parity of a step that all nodes have."""
-        for node in range(self.nodes):
-            self._send(node, "encode", step)
-        for node in range(self.nodes):
-            self._answer(node)
+        if None in self.paths:
+            raise RuntimeError("some nodes are lost: rebuild them first")
+        self._ask(range(self.nodes), {"do": "encode", "step": step, "peers": self.paths})
 
     def lose(self, *nodes: int) -> None:
         """Lose nodes at once: kill their SMPs by SIGKILL and take their memory away."""
@@ -449,24 +450,15 @@ class Cluster:
         Raises:
             UnrecoverableError: too many nodes are lost; the new SMPs then run with empty memory.
         """
-        lost = [node for node in range(self.nodes) if self.paths[node] is None]
-        left = list(self.paths)
+        lost, left = [node for node in range(self.nodes) if self.paths[node] is None], list(self.paths)
         self._start(lost)
-        for node in lost:
-            self._send(node, "rebuild", step, left)
-        failures = []
-        for node in lost:
-            try:
-                self._answer(node)
-            except UnrecoverableError as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+        self._ask(lost, {"do": "rebuild", "step": step, "peers": left})
 
     def close(self) -> None:
         """End every SMP, by force where it does not end by itself, and remove all memory."""
         for manager in filter(None, self.managers):
-            manager.stdin.close()
+            with suppress(BrokenPipeError):
+                manager.stdin.close()
         for node, manager in enumerate(self.managers):
             if manager is not None:
                 self._discard(node, wait=5.0)
@@ -483,22 +475,28 @@ class Cluster:
                 text=True,
                 start_new_session=True,  # Ctrl-C is for the requester, whose end ends them
             )
+        self._ask(nodes)
+
+    def _ask(self, nodes: Sequence[int], request: dict | None = None) -> None:
+        """Send a request to some SMPs at once, hear all their answers, then raise the first failure."""
+        failures = []
+        for node in nodes if request else ():
+            with suppress(BrokenPipeError):  # its answer will say so
+                self.managers[node].stdin.write(json.dumps(request) + "\n")
+                self.managers[node].stdin.flush()
         for node in nodes:
-            self._answer(node)
+            try:
+                self._hear(node)
+            except (RuntimeError, TimeoutError) as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
-    def _send(self, node: int, do: str, step: int, peers: Sequence[str | None] | None = None) -> None:
-        manager = self.managers[node]
-        if manager is None:
-            raise RuntimeError(f"node {node} is lost")
-        manager.stdin.write(json.dumps({"do": do, "step": step, "peers": peers or self.paths}) + "\n")
-        manager.stdin.flush()
-
-    def _answer(self, node: int) -> None:
+    def _hear(self, node: int) -> None:
         pipe = self.managers[node].stdout
         if not select.select([pipe], [], [], self.timeout)[0]:
             raise TimeoutError(f"the SMP of node {node} did not answer in {self.timeout:g} s")
-        line = pipe.readline()
-        answer = json.loads(line) if line else {"error": "it is gone"}
+        answer = json.loads(pipe.readline() or '{"error": "it is gone"}')
         if answer.get("unrecoverable"):
             raise UnrecoverableError(answer["error"])
         if "error" in answer:
@@ -513,7 +511,7 @@ class Cluster:
             manager.kill()
             manager.wait()
         manager.stdout.close()
-        if not manager.stdin.closed:
+        with suppress(BrokenPipeError):
             manager.stdin.close()
 
 

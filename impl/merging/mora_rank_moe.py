@@ -25,7 +25,9 @@ def relevance(activations: Tensor) -> Tensor:
         ValueError: not floating point, or no expert.
     """
     if activations.ndim < 1 or activations.shape[-1] < 1 or not activations.is_floating_point():
-        raise ValueError(f"activations must be floating point (..., R >= 1), got {activations.dtype} of {tuple(activations.shape)}")
+        raise ValueError(
+            f"activations must be floating point (..., R >= 1), got {activations.dtype} of {tuple(activations.shape)}"
+        )
     norm = torch.linalg.vector_norm(activations, dim=-1, keepdim=True)
     return activations / norm.clamp_min(torch.finfo(activations.dtype).tiny)
 
@@ -156,7 +158,9 @@ class MixtureOfRanks(nn.Module):
         self.requires_grad_(False)
         weight = self.linear.weight
         bound = weight.shape[1] ** -0.5
-        key = torch.empty(rank, weight.shape[1], dtype=weight.dtype, device=weight.device).uniform_(-bound, bound, generator=generator)
+        key = torch.empty(rank, weight.shape[1], dtype=weight.dtype, device=weight.device).uniform_(
+            -bound, bound, generator=generator
+        )
         self.keys.append(nn.Parameter(key))
         self.values.append(nn.Parameter(weight.new_zeros(weight.shape[0], rank)))
 
@@ -202,7 +206,9 @@ class MixtureOfRanks(nn.Module):
             ValueError: not one bool for each expert.
         """
         if ranks.dtype != torch.bool or ranks.shape != (self.ranks,):
-            raise ValueError(f"one bool for each of {self.ranks} experts is needed, got {ranks.dtype} of shape {tuple(ranks.shape)}")
+            raise ValueError(
+                f"one bool for each of {self.ranks} experts is needed, got {ranks.dtype} of shape {tuple(ranks.shape)}"
+            )
         kept = ranks.logical_not().split([len(key) for key in self.keys])
         pairs = [(key, value, keep) for key, value, keep in zip(self.keys, self.values, kept, strict=True) if keep.any()]
         self.keys = nn.ParameterList(nn.Parameter(key[keep], key.requires_grad) for key, _, keep in pairs)

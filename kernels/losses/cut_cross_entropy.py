@@ -90,11 +90,9 @@ def linear_cross_entropy(
     n, (v, d) = targets.numel(), c.shape
     needs = [form and torch.is_grad_enabled() and x is not None and x.requires_grad for x in (e, c, bias)]
     tokens, words = tile or default_tile(n, v, d, e.element_size(), any(needs), eps > 0, backend)
-    options = Options(
-        softcap or 0.0, label_smoothing, ignore_index, reduction, eps, filter_e, filter_c, sort_vocabulary, accumulate, tokens, words
-    )
+    settings = (softcap or 0.0, label_smoothing, ignore_index, reduction, eps, filter_e, filter_c, sort_vocabulary, accumulate)
     consume = not torch.compiler.is_compiling()
-    loss = _operator(e.reshape(n, d), c, targets.reshape(n), bias, *needs, consume, backend, *options)[0]
+    loss = _operator(e.reshape(n, d), c, targets.reshape(n), bias, *needs, consume, backend, *settings, tokens, words)[0]
     if reduction != "none":
         return loss
     loss = loss.view(targets.shape)

@@ -211,9 +211,7 @@ def _logits(x: Tensor, c: Tensor, bias: Tensor | None, words: slice, options: Op
     return tile
 
 
-def _logit_gradient(
-    tile: Tensor, lse: Tensor, place: Tensor, weights: Tensor | None, vocabulary: int, options: Options
-) -> bool:
+def _logit_gradient(tile: Tensor, lse: Tensor, place: Tensor, weights: Tensor | None, vocabulary: int, options: Options) -> bool:
     """Turns a tile of logits, in place, into the gradient of the weighted loss by the uncapped logits.
 
     `place` is the target's column in the tile, or out of it. Returns whether the tile counts: False where every softmax

@@ -106,15 +106,12 @@ def backward(
             INDEXED=order is not None,
         )
         if needs[1]:
-            _product(
-                launch, g.T[:width], e, dc[start:] if order is None else dc, None, flags, (1, blocks_v), index, None, scale, options,
-                add=False, filtered=filtered and options.filter_c,
-            )  # fmt: skip
+            out = dc[start:] if order is None else dc
+            skip = flags.T if filtered and options.filter_c else None
+            _product(g.T[:width], e, out, None, skip, index, None, scale, options, launch)
         if needs[0]:
-            _product(
-                launch, g[:, :width], classifier, de, lost, flags, (blocks_v, 1), None, index, scale, options,
-                add=True, filtered=filtered and options.filter_e,
-            )  # fmt: skip
+            skip = flags if filtered and options.filter_e else None
+            _product(g[:, :width], classifier, de, lost, skip, None, index, None, options, launch)
         if needs[2]:
             dbias[rows] = (g[:, :width].sum(0, dtype=torch.float32) * scale).to(dbias.dtype)
     return Gradients(de.mul_(scale).to(e.dtype) if needs[0] else None, dc, dbias)
@@ -132,26 +129,28 @@ def chunk_words(n: int, v: int, d: int, itemsize: int, accumulate: str) -> int:
     return max(1024, int(room / max(n * itemsize, 1)) // 128 * 128)
 
 
-def _product(launch, a, b, out, lost, flags, flag_strides, row_index, inner_index, scale, options, *, add, filtered) -> None:
-    """out[row_index] = scale * a @ b[inner_index], or out += a @ b[inner_index]; `flags` of 0 stand for blocks of zeros."""
+def _product(a, b, out, lost, flags, row_index, inner_index, scale, options: Options, launch: Launch) -> None:
+    """out[row_index] = scale * a @ b[inner_index]; without a scale, out += a @ b[inner_index].
+
+    `flags` (blocks of rows, blocks of the inner dimension): blocks of `a` that are 0 there are skipped; None: none is.
+    """
     (rows, inner), columns = a.shape, b.shape[1]
-    tile_rows, tile_inner = options.tile_tokens, options.tile_words
-    if not add:
-        tile_rows, tile_inner = tile_inner, tile_rows
-    block_columns = _block(columns, 128 if a.element_size() < 4 else 64)
+    half, add = a.element_size() < 4, scale is None
+    tile_rows, tile_inner = (options.tile_tokens, options.tile_words)[:: 1 if add else -1]
+    block_columns = _block(columns, 128 if half else 64)
     launch(
         _product_kernel,
         (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, block_columns),),
         *(a, b, out, lost, flags, row_index, inner_index, scale, rows, inner, columns),
-        *(*a.stride(), *b.stride(), *out.stride(), *flag_strides),
+        *(*a.stride(), *b.stride(), *out.stride(), *((0, 0) if flags is None else flags.stride())),
         ADD=add,
         COMPENSATED=lost is not None,
-        FILTER=filtered,
+        FILTER=flags is not None,
         ROW_INDEXED=row_index is not None,
         INNER_INDEXED=inner_index is not None,
         TILE_INNER=tile_inner,
         BLOCK_R=tile_rows,
-        BLOCK_K=min(tile_inner, 64 if a.element_size() < 4 else 32),
+        BLOCK_K=min(tile_inner, 64 if half else 32),
         BLOCK_C=block_columns,
         **_machine(a),
     )

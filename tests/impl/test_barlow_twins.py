@@ -73,10 +73,11 @@ def test_default_weight_is_the_papers():
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_gradients(options):
-    views = [z.requires_grad_() for z in make(2, 6, 5)]
+    views = [z.requires_grad_() for z in make(2, 4, 3)]
     for weight in (0.0, 0.7):
         assert torch.autograd.gradcheck(lambda a, b, w=weight: barlow_twins_loss(a, b, w, **options), views)
     if "tile" not in options:
+        views = [z.requires_grad_() for z in make(4, 3)]
         assert torch.autograd.gradgradcheck(lambda a, b: barlow_twins_loss(a, b, 0.7, **options), views)
 
 
@@ -177,7 +178,12 @@ def compare_with_one_process(rank, store):
         dist.destroy_process_group()
 
 
-CHILD = "import runpy, sys; runpy.run_path(sys.argv[1]); runpy.run_path(sys.argv[2])['compare_with_one_process'](int(sys.argv[3]), sys.argv[4])"
+CHILD = """
+import runpy, sys
+conftest, module, rank, store = sys.argv[1:]
+runpy.run_path(conftest)
+runpy.run_path(module)["compare_with_one_process"](int(rank), store)
+"""
 
 
 def test_two_processes_give_the_global_batch(tmp_path):

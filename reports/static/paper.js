@@ -1,0 +1,81 @@
+// Copy buttons, and curves drawn when they come into view, in the colours of the page.
+"use strict";
+(() => {
+  const library = document.currentScript.dataset.plotly;
+
+  for (const button of document.querySelectorAll("button.copy")) {
+    button.addEventListener("click", async () => {
+      const code = button.parentElement.querySelector("code");
+      try {
+        await navigator.clipboard.writeText(code.textContent);
+        button.textContent = "Copied";
+      } catch {
+        getSelection().selectAllChildren(code);
+        button.textContent = "Selected";
+      }
+      setTimeout(() => { button.textContent = "Copy"; }, 1500);
+    });
+  }
+  if (!library) return;
+
+  const COLOURS = ["--reproduced", "--not-reproduced", "--needs-an-accelerator", "--inconclusive", "--in-part", "--not-run"];
+  const DASHES = { claim: "solid", control: "dash" };
+  const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "cross"];
+  const plain = (value) => String(value).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  const traces = (curve) => {
+    const names = [...new Set(curve.series.map((series) => series.name))];
+    const bothArms = new Set(curve.series.map((series) => series.arm)).size > 1;
+    return curve.series.flatMap((series) => {
+      const index = names.indexOf(series.name);
+      const colour = css(COLOURS[index % COLOURS.length]);
+      const name = plain([series.name, bothArms || !series.name ? series.arm : ""].filter(Boolean).join(", "));
+      const line = { color: colour, width: 2, dash: DASHES[series.arm] };
+      const marker = { symbol: SYMBOLS[index % SYMBOLS.length] + (series.arm === "control" ? "-open" : ""), size: 7 };
+      const mode = series.x.length > 40 ? "lines" : "lines+markers";
+      const main = { x: series.x, y: series.y, name, line, marker, mode, legendgroup: name };
+      if (!series.low || !series.high) return [main];
+      const edge = { x: series.x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: name };
+      return [{ ...edge, y: series.low }, { ...edge, y: series.high, fill: "tonexty", fillcolor: `${colour}33` }, main];
+    });
+  };
+
+  const layout = (curve) => {
+    const axis = (title, log) => ({
+      title: { text: plain(title), standoff: 8 }, type: log ? "log" : "linear", gridcolor: css("--line"), linecolor: css("--muted"),
+      zerolinecolor: css("--line"), ticks: "outside", tickcolor: css("--line"), automargin: true, exponentformat: "power", nticks: 7,
+    });
+    return {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "x unified",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--ink") },
+      margin: { l: 8, r: 8, t: 8, b: 8 }, showlegend: curve.series.length > 1,
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line") },
+      xaxis: axis(curve.x_label, curve.log.includes("x")), yaxis: axis(curve.y_label, curve.log.includes("y")),
+    };
+  };
+
+  const config = { responsive: true, displaylogo: false, displayModeBar: false };
+  const drawn = new Map();
+  const draw = (element) => {
+    const curve = drawn.get(element) || JSON.parse(element.parentElement.querySelector("script").textContent);
+    drawn.set(element, curve);
+    Plotly.react(element, traces(curve), layout(curve), config);
+  };
+
+  let loading;
+  const load = () => (loading ||= new Promise((resolve, reject) => {
+    const script = Object.assign(document.createElement("script"), { src: library, onload: resolve, onerror: reject });
+    document.head.append(script);
+  }));
+
+  const watcher = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) {
+      if (!isIntersecting) continue;
+      watcher.unobserve(target);
+      load().then(() => draw(target));
+    }
+  }, { rootMargin: "400px" });
+  for (const element of document.querySelectorAll(".plotly")) watcher.observe(element);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => [...drawn.keys()].forEach(draw));
+})();
