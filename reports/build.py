@@ -92,11 +92,11 @@ def write_site(folder: Path, out: Path, root: Path, papers: list[model.Paper], r
     for name, values in pages.items():
         page = environment.get_template(f"{name}.html.jinja").render(**shared, **values, base="", repo=source[()])
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
-    template = environment.get_template("paper.html.jinja")
+    template, fused = environment.get_template("paper.html.jinja"), kernels(root)
     for _, topic in groupby(papers, key=lambda paper: paper.topic):
         neighbours = list(topic)
         for position, paper in enumerate(neighbours):
-            values = paper_values(paper, neighbours, position, root)
+            values = paper_values(paper, neighbours, position, root, fused)
             page = template.render(**shared, **values, base="../", repo=source[("papers",)])
             (folder / "papers" / f"{paper.slug}.html").write_text(page, encoding="utf-8")
 
@@ -116,10 +116,12 @@ def index_values(papers: list[model.Paper]) -> dict:
     }
 
 
-def paper_values(paper: model.Paper, topic: list[model.Paper], position: int, root: Path) -> dict:
-    """What a paper's page shows."""
+def paper_values(
+    paper: model.Paper, topic: list[model.Paper], position: int, root: Path, fused: dict[str, list[str]]
+) -> dict:
+    """What a paper's page shows: `topic` are the papers of its topic, `fused` the kernels by slug."""
     first = max(0, min(position - 3, len(topic) - 7))
-    files = [paper.module, f"impl/{paper.topic}/{paper.slug}.py", *kernels(root).get(paper.slug, [])]
+    files = [paper.module, f"impl/{paper.topic}/{paper.slug}.py", *fused.get(paper.slug, [])]
     imported = sorted({path for record in paper.records for path in record["sources"]["files"]})
     return {
         "paper": paper,

@@ -101,7 +101,7 @@ def load_state(shards: Sequence[np.ndarray], state: Mapping[str, object]) -> Non
         offset += tensor.nbytes
         if isinstance(tensor, np.ndarray):
             tensor[...] = raw.view(tensor.dtype).reshape(tensor.shape)
-        else:
+        elif raw.size:
             import torch
 
             tensor.detach().copy_(torch.from_numpy(raw.copy()).view(tensor.dtype).reshape(tensor.shape))

@@ -309,7 +309,9 @@ def test_no_parity_of_a_step_is_reported():
 
 def test_a_manager_that_hangs_is_not_waited_for():
     with reft.Cluster(2, 64) as cluster:
-        cluster.timeout = 0.2
+        for rank in range(2):
+            cluster.memory(rank).save(0, {"a": np.zeros(128, dtype=np.uint8)}, 2, rank)
+        cluster.timeout = 1.0
         os.kill(cluster.managers[1].pid, signal.SIGSTOP)
         with pytest.raises(TimeoutError, match="node 1"):
             cluster.encode(0)
