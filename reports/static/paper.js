@@ -41,17 +41,26 @@
     });
   };
 
+  // Below two decades 1, 2 and 5 of each power of ten, above that powers alone.
+  const logTicks = (curve, name) => {
+    const values = curve.series.flatMap((series) => series[name]).filter((value) => value > 0);
+    const [low, high] = [Math.floor(Math.log10(Math.min(...values))), Math.ceil(Math.log10(Math.max(...values)))];
+    if (high - low > 2) return { dtick: Math.ceil((high - low) / 6) };
+    return { tickvals: Array.from({ length: 3 * (high - low + 1) }, (_, i) => [1, 2, 5][i % 3] * 10 ** (low + Math.floor(i / 3))) };
+  };
+
   const layout = (curve) => {
-    const axis = (title, log) => ({
-      title: { text: plain(title), standoff: 8 }, type: log ? "log" : "linear", gridcolor: css("--line"), linecolor: css("--muted"),
-      zerolinecolor: css("--line"), ticks: "outside", tickcolor: css("--line"), automargin: true, exponentformat: "power", nticks: 7,
+    const axis = (title, name) => ({
+      title: { text: plain(title), standoff: 8 }, type: curve.log.includes(name) ? "log" : "linear", tickfont: { size: 12 },
+      gridcolor: css("--line"), linecolor: css("--muted"), zerolinecolor: css("--line"), ticks: "outside", tickcolor: css("--line"),
+      automargin: true, exponentformat: "power", nticks: 7, ...(curve.log.includes(name) ? logTicks(curve, name) : {}),
     });
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "x unified",
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--ink") },
       margin: { l: 8, r: 8, t: 8, b: 8 }, showlegend: curve.series.length > 1,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line") },
-      xaxis: axis(curve.x_label, curve.log.includes("x")), yaxis: axis(curve.y_label, curve.log.includes("y")),
+      xaxis: axis(curve.x_label, "x"), yaxis: axis(curve.y_label, "y"),
     };
   };
 

@@ -312,8 +312,8 @@ def test_a_manager_that_hangs_is_not_waited_for():
         for rank in range(2):
             cluster.memory(rank).save(0, {"a": np.zeros(128, dtype=np.uint8)}, 2, rank)
         cluster.timeout = 1.0
-        os.kill(cluster.managers[1].pid, signal.SIGSTOP)
-        with pytest.raises(TimeoutError, match="node 1"):
+        os.kill(cluster.managers[0].pid, signal.SIGSTOP)
+        with pytest.raises(TimeoutError, match="node 0"):
             cluster.encode(0)
         cluster.managers[0].kill()
         with pytest.raises(RuntimeError, match=r"node 0.*gone"):
