@@ -63,6 +63,12 @@ class Claim:
         return [record for setting in self.settings for record in setting.arms.values()]
 
     @property
+    def broken(self) -> list[tuple[Setting, str, dict]]:
+        """The arms that ended otherwise than they should have, with their settings."""
+        arms = [(setting, arm, record) for setting in self.settings for arm, record in setting.arms.items()]
+        return [found for found in arms if found[2]["outcome"] not in ("passed", "skipped")]
+
+    @property
     def reasons(self) -> list[str]:
         return list(dict.fromkeys(setting.reason for setting in self.settings if setting.reason))
 

@@ -40,10 +40,11 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """At most five positions in per cent and their labels."""
         if self.kind == "linear":
+            digits = 2 + math.ceil(math.log10(max(abs(self.start), abs(self.stop)) / (self.stop - self.start)) + 1)
             found = _nice(self.start, self.stop, 5)
-            if max(len(number(value)) for value in found) > 6:
+            if max(len(number(value, digits)) for value in found) > 6:
                 found = _nice(self.start, self.stop, 4)
-            return [(self.at(value), number(value)) for value in found]
+            return [(self.at(value), number(value, digits)) for value in found]
         if self.kind == "log":
             exponents = _thin(list(range(math.ceil(self.start - 1e-9), math.floor(self.stop + 1e-9) + 1)))
             return [(self.at(10.0**e), power(e)) for e in exponents]
@@ -68,7 +69,7 @@ def axis_for(requirements: Sequence[dict]) -> Axis:
     if sizes and low > 0 and high / low > SPAN:
         return Axis("log", math.log10(low), math.log10(high))
     if sizes and max(sizes) / min(sizes) > SPAN:
-        unit = min(sizes)
+        unit = max(min(sizes), 1e-16 * max(sizes))
         axis = Axis("symlog", 0, 1, unit)
         return Axis("symlog", axis.scale(low), axis.scale(high), unit)
     room = (high - low) or abs(high) or 1.0

@@ -18,7 +18,7 @@ def number(value: float, digits: int = 4) -> str:
         return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
     mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return _minus("" if mantissa == "1" else f"{mantissa}×") + power(int(exponent))
+    return _minus({"1": "", "-1": "-"}.get(mantissa, f"{mantissa}×")) + power(int(exponent))
 
 
 def power(exponent: int) -> str:
@@ -40,10 +40,11 @@ def interval(estimate: float, low: float, high: float) -> tuple[str, str]:
 
 def bounds(above: float | None, below: float | None, unit: str = "") -> str:
     """A requirement in words."""
-    unit = f" {unit}" if unit and unit != "%" else unit and " %"
-    if above is not None and below is not None:
-        return f"exactly {number(above)}{unit}" if above == below else f"{number(above)} to {number(below)}{unit}"
-    return f"at least {number(above)}{unit}" if below is None else f"at most {number(below)}{unit}"
+    unit = f" {unit}" if unit else ""
+    low, high = (None if bound is None else number(bound, 7) for bound in (above, below))
+    if low is not None and high is not None:
+        return f"exactly {low}{unit}" if above == below else f"{low} to {high}{unit}"
+    return f"at least {low}{unit}" if high is None else f"at most {high}{unit}"
 
 
 def duration(seconds: float) -> str:

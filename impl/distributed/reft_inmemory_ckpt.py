@@ -312,17 +312,18 @@ class NodeMemory:
             raw[:] = 0
             self.header[:] = (*create, 0, -1, -1, -1, -1)
         self.nodes, self.parity, self.block = (int(value) for value in self.header[:3])
+        self.saved = self.header[4:].reshape(2, 2)
         self.slots = raw[self.HEADER :].reshape(2, self.nodes, self.block)
 
     @property
     def steps(self) -> list[int]:
         """Step of the data in each slot."""
-        return self.header[[4, 6]].tolist()
+        return self.saved[:, 0].tolist()
 
     @property
     def coded_steps(self) -> list[int]:
         """Step of the parity in each slot."""
-        return self.header[[5, 7]].tolist()
+        return self.saved[:, 1].tolist()
 
     def shard(self, step: int) -> np.ndarray:
         """Data of one step, flat, a view that includes the padding. Raises KeyError where the step is not there."""
@@ -337,17 +338,17 @@ class NodeMemory:
     def save(self, step: int, state: Mapping[str, object], ranks: int, rank: int) -> None:
         """Snapshot a rank's shard of `state` over the older slot; it counts from the last instruction on."""
         slot = int(np.argmin(self.steps))
-        self.header[4 + 2 * slot : 6 + 2 * slot] = -1
+        self.saved[slot] = -1
         copy_shard(state, ranks, rank, self.slots[slot, : self.nodes - self.parity].reshape(-1))
-        self.header[4 + 2 * slot] = step
+        self.saved[slot, 0] = step
 
     def encode(self, step: int, node: int, peers: Sequence["NodeMemory"], layout: np.ndarray) -> None:
         """Compute this node's parity of one step from every node's memory, in the group's order."""
         images = [peer.image(step) for peer in peers]
         slot = self.steps.index(step)
-        self.header[5 + 2 * slot] = -1
+        self.saved[slot, 1] = -1
         encode_node(images, node, layout, self.parity)
-        self.header[5 + 2 * slot] = step
+        self.saved[slot, 1] = step
 
     def rebuild(self, step: int, node: int, peers: Sequence["NodeMemory | None"], layout: np.ndarray) -> None:
         """Fill this node's memory of one step from the nodes that are left; None for the lost.
@@ -358,7 +359,7 @@ class NodeMemory:
         if any(peer is not None and step not in peer.coded_steps for peer in peers):
             raise UnrecoverableError(f"no parity of step {step}")
         rebuild_node([peer and peer.image(step) for peer in peers], node, self.slots[0], layout, self.parity)
-        self.header[4:6] = step
+        self.saved[0] = step
 
 
 def manage(path: str, nodes: int, parity: int, block: int, node: int, rotated: bool) -> None:

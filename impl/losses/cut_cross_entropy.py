@@ -83,7 +83,7 @@ def indexed_logits(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
     _check(e, c)
     if targets.shape != e.shape[:1]:
         raise ValueError(f"targets are {tuple(e.shape[:1])}, got {tuple(targets.shape)}")
-    if len(targets) and not (0 <= targets.min() and targets.max() < len(c)):
+    if len(targets) and not (targets.min() >= 0 and targets.max() < len(c)):
         raise ValueError(f"targets are in [0, {len(c)}), got {targets.min().item()} to {targets.max().item()}")
     return (e * c[targets]).sum(1)
 

@@ -206,8 +206,10 @@ def overthinking_stop(answered: Tensor, equivalent: Tensor, agreeing: int = 2) -
         raise ValueError("answered and equivalent are boolean and of one shape")
     run = torch.zeros(answered.shape[:-1], dtype=torch.long, device=answered.device)
     stop = torch.full_like(run, answered.shape[-1])
-    for i in reversed(range(answered.shape[-1])):
-        stop = torch.where(_run_at(answered, equivalent, i) >= agreeing, i, stop) if i >= agreeing - 1 else stop
+    for i in range(answered.shape[-1]):
+        grown = torch.where(equivalent[..., i] & (run > 0), run + 1, 1)
+        run = torch.where(answered[..., i], grown, run)
+        stop = torch.where(answered[..., i] & (run >= agreeing) & (stop > i), i, stop)
     return stop
 
 

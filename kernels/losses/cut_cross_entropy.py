@@ -91,8 +91,7 @@ def linear_cross_entropy(
     needs = [form and torch.is_grad_enabled() and x is not None and x.requires_grad for x in (e, c, bias)]
     tokens, words = tile or default_tile(n, v, d, e.element_size(), any(needs), eps > 0, backend)
     settings = (softcap or 0.0, label_smoothing, ignore_index, reduction, eps, filter_e, filter_c, sort_vocabulary, accumulate)
-    consume = not torch.compiler.is_compiling()
-    loss = _operator(e.reshape(n, d), c, targets.reshape(n), bias, *needs, consume, backend, *settings, tokens, words)[0]
+    loss = _operator(e.reshape(n, d), c, targets.reshape(n), bias, *needs, backend, *settings, tokens, words)[0]
     if reduction != "none":
         return loss
     loss = loss.view(targets.shape)
@@ -179,10 +178,10 @@ _SETTINGS = (
 @torch.library.custom_op(
     "paperclaims::cut_cross_entropy",
     mutates_args=(),
-    schema=f"({_INPUTS}, bool form_e, bool form_c, bool form_bias, bool consume, {_SETTINGS})"
+    schema=f"({_INPUTS}, bool form_e, bool form_c, bool form_bias, {_SETTINGS})"
     " -> (Tensor loss, Tensor lse, Tensor grad_e, Tensor grad_c, Tensor grad_bias)",
 )
-def _operator(e, c, targets, bias, form_e, form_c, form_bias, consume, backend, *options):
+def _operator(e, c, targets, bias, form_e, form_c, form_bias, backend, *options):
     """Reduced loss, log-sum-exp (n,), and the gradients that were asked for, empty otherwise."""
     options = Options(*options)
     valid = targets != options.ignore_index
@@ -210,7 +209,7 @@ def _operator(e, c, targets, bias, form_e, form_c, form_bias, consume, backend, 
 
 
 @_operator.register_fake
-def _(e, c, targets, bias, form_e, form_c, form_bias, consume, backend, *options):
+def _(e, c, targets, bias, form_e, form_c, form_bias, backend, *options):
     options = Options(*options)
     wide = torch.promote_types(e.dtype, torch.float32)
     loss = e.new_empty(targets.shape if options.reduction == "none" else (), dtype=wide)
@@ -251,11 +250,10 @@ def _(grad, e, c, targets, bias, lse, need_e, need_c, need_bias, backend, *optio
 
 
 def _setup_context(ctx, inputs, output):
-    e, c, targets, bias, form_e, form_c, form_bias, consume, *ctx.settings = inputs
+    e, c, targets, bias, form_e, form_c, form_bias, *ctx.settings = inputs
     _, lse, *formed = output
     ctx.save_for_backward(e, c, targets, bias, lse)
     ctx.formed = [x.detach() for x in formed] if form_e or form_c or form_bias else None
-    ctx.consume = consume
     ctx.set_materialize_grads(False)  # the other outputs are as large as the inputs
 
 
@@ -263,15 +261,15 @@ def _differentiate(ctx, grad, *_):
     """Scales the gradients formed in the forward pass, in place the first time, or computes them from tiles."""
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     if grad is None:
-        return (None,) * (len(ctx.settings) + 8)
+        return (None,) * (len(ctx.settings) + 7)
     if ctx.formed is None:
         formed = _backward_operator(grad, *ctx.saved_tensors, *needs, *ctx.settings)
-    elif ctx.consume:
+    elif type(grad) is Tensor:  # not while a graph is traced
         formed, ctx.formed = [x.mul_(grad) for x in ctx.formed], None
     else:
         formed = [x * grad.to(x.dtype) for x in ctx.formed]
     by_e, by_c, by_bias = (x if need else None for x, need in zip(formed, needs, strict=True))
-    return by_e, by_c, None, by_bias, *[None] * (len(ctx.settings) + 4)
+    return by_e, by_c, None, by_bias, *[None] * (len(ctx.settings) + 3)
 
 
 _operator.register_autograd(_differentiate, setup_context=_setup_context)

@@ -82,6 +82,13 @@ def test_a_product_of_mechanisms_is_an_icm_process():
     assert conditional_mutual_information(joint, (0,), (3,), (1,), variables=4) > 1e-4
 
 
+def test_mixture_of_certainties():
+    joint = mixture_joint(torch.tensor([0.0, 1.0]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0.25, 0.75]))
+    assert joint[0, 1, 0, 1] == 0.25
+    assert joint[1, 0, 1, 0] == 0.75
+    assert conditional_mutual_information(joint, (0,), (2,), variables=4) > 0.5
+
+
 def test_conditional_mutual_information_against_loops():
     joint = torch.rand(5, 2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     joint /= joint.flatten(1).sum(-1).reshape(-1, 1, 1, 1, 1)
@@ -155,6 +162,7 @@ def test_bivariate_p_values_are_the_three_tests():
         ((0.04, 0.02, 0.01), X_TO_Y),
         ((0.06, 0.01, 0.5), NO_EDGE),
         ((0.05, 0.01, 0.01), X_TO_Y),
+        ((0.0, 1.0, 0.0), Y_TO_X),
     ],
 )
 def test_bivariate_graph_decides_by_the_pattern(p_values, graph):
@@ -208,6 +216,7 @@ def test_recover_graph_without_a_sink():
     assert recover_graph(across, lambda j, k, given: 0.0, 3) == set()
     assert recover_graph(across, lambda j, k, given: 0.0, 3, force_sink=True) == {(0, 1), (2, 1)}
     assert recover_graph(across, lambda j, k, given: 0.05, 3, force_sink=True) == set()
+    assert recover_graph(across, lambda j, k, given: 0.0, 3, alpha=0.04) == {(0, 1), (2, 1)}
 
 
 @pytest.mark.parametrize(

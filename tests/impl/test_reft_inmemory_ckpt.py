@@ -235,6 +235,12 @@ def test_a_writer_that_dies_leaves_the_other_slot(tmp_path):
     assert sorted(memory.steps) == [-1, 6]
     assert sorted(memory.coded_steps) == [-1, 6]
     assert (memory.shard(6) == 6).all()
+    for step in (8, 9):
+        with pytest.raises(KeyboardInterrupt):
+            memory.save(step, Dying(), 1, 0)
+        memory.save(step, {"a": np.full(64, step, dtype=np.uint8)}, 1, 0)
+        assert memory.steps.count(-1) == 0
+        assert memory.coded_steps[memory.steps.index(step)] == -1
 
 
 def test_memory_that_is_not_there(tmp_path):
@@ -243,6 +249,14 @@ def test_memory_that_is_not_there(tmp_path):
     reft.NodeMemory(tmp_path / "node", create=(2, 1, 64))
     with pytest.raises(FileExistsError):
         reft.NodeMemory(tmp_path / "node", create=(2, 1, 64))
+
+
+def test_memory_goes_where_there_is_room():
+    folders = [reft._memory_folder(needed) for needed in (1, 1 << 60)]
+    for folder in folders:
+        folder.rmdir()
+    assert Path("/dev/shm") not in folders[1].parents
+    assert (Path("/dev/shm") in folders[0].parents) == Path("/dev/shm").is_dir()
 
 
 # Real processes ---------------------------------------------------------------------------------------------------------------
