@@ -22,7 +22,21 @@ from paperclaims.reports import model, plots, text
 
 HERE = Path(__file__).resolve().parent
 SITE = HERE / "site"
-NEEDED = {"slug", "topic", "test", "params", "arm", "nodeid", "module", "line", "statement", "scale", "control", "outcome", "time"}
+NEEDED = {
+    "slug",
+    "topic",
+    "test",
+    "params",
+    "arm",
+    "nodeid",
+    "module",
+    "line",
+    "statement",
+    "scale",
+    "control",
+    "outcome",
+    "time",
+}
 NEEDED |= {"requirements", "records", "curves", "sources", "packages", "machine", "seeds", "duration", "command", "expected"}
 
 
@@ -86,7 +100,11 @@ def write_site(folder: Path, out: Path, root: Path, papers: list[model.Paper], r
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     source = {level: os.path.relpath(root, out.joinpath(*level)).replace(os.sep, "/") for level in ((), ("papers",))}
     environment = template_environment()
-    shared = {"built": report["built"][:16].replace("T", " ") + " UTC", "totals": report["totals"], "problems": report["problems"]}
+    shared = {
+        "built": report["built"][:16].replace("T", " ") + " UTC",
+        "totals": report["totals"],
+        "problems": report["problems"],
+    }
     pages = {"index": index_values(papers), "method": {}}
     for name, values in pages.items():
         page = environment.get_template(f"{name}.html.jinja").render(**shared, **values, base="", repo=source[()])
@@ -107,7 +125,9 @@ def index_values(papers: list[model.Paper]) -> dict:
     topics = {topic: list(found) for topic, found in groupby(papers, key=lambda paper: paper.topic)}
     return {
         "papers": sorted(papers, key=lambda paper: (model.ORDER.index(paper.verdict), paper.title.casefold())),
-        "topics": {topic: (model.totals(found), len(found), sum(bool(p.claims) for p in found)) for topic, found in topics.items()},
+        "topics": {
+            topic: (model.totals(found), len(found), sum(bool(p.claims) for p in found)) for topic, found in topics.items()
+        },
         "tested": sum(bool(paper.claims) for paper in papers),
         "weakest": sorted(decided, key=lambda pair: pair[1].margin)[:8],
         "slowest": sorted(claims, key=lambda pair: -pair[1].duration)[:8],
@@ -115,9 +135,7 @@ def index_values(papers: list[model.Paper]) -> dict:
     }
 
 
-def paper_values(
-    paper: model.Paper, topic: list[model.Paper], position: int, root: Path, fused: dict[str, list[str]]
-) -> dict:
+def paper_values(paper: model.Paper, topic: list[model.Paper], position: int, root: Path, fused: dict[str, list[str]]) -> dict:
     """What a paper's page shows: `topic` are the papers of its topic, `fused` the kernels by slug."""
     first = max(0, min(position - 3, len(topic) - 7))
     files = [paper.module, f"impl/{paper.topic}/{paper.slug}.py", *fused.get(paper.slug, [])]
@@ -181,7 +199,9 @@ def kernels(root: Path) -> dict[str, list[str]]:
 def template_environment() -> jinja2.Environment:
     """Templates in which every value is escaped unless it is markup of ours."""
     loader = jinja2.FileSystemLoader(HERE / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.globals |= {
         "ORDER": model.ORDER,
         "interval_plots": interval_plots,

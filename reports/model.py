@@ -138,9 +138,7 @@ def margin(requirement: dict) -> float | None:
     return max(inside, outside, 0.0) / (high - low)
 
 
-def papers(
-    rows: Iterable[catalogue.Paper], records: Iterable[dict], by_label: dict[str, list[dict]], root: Path
-) -> list[Paper]:
+def papers(rows: Iterable[catalogue.Paper], records: Iterable[dict], by_label: dict[str, list[dict]], root: Path) -> list[Paper]:
     """Every row of the catalogue with its verdict, by topic and slug.
 
     Args:

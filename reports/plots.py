@@ -48,7 +48,10 @@ class Axis:
         if self.kind == "log":
             exponents = _thin(list(range(math.ceil(self.start - 1e-9), math.floor(self.stop + 1e-9) + 1)))
             return [(self.at(10.0**e), power(e)) for e in exponents]
-        first, last = math.ceil(math.log10(self.unit)), [math.floor(math.log10(_unscale(abs(v), self.unit))) for v in self._ends()]
+        first, last = (
+            math.ceil(math.log10(self.unit)),
+            [math.floor(math.log10(_unscale(abs(v), self.unit))) for v in self._ends()],
+        )
         signed = [-(10.0**e) for e in reversed(_thin(list(range(first, last[0] + 1)), 2))]
         signed += [0.0, *(10.0**e for e in _thin(list(range(first, last[1] + 1)), 3))]
         inside = [value for value in signed if self.start <= self.scale(value) <= self.stop]
@@ -103,9 +106,7 @@ def interval_plot(quantity: str, groups: Sequence[tuple[str, dict[str, dict | No
     parts.append(f'<div class="arm ticks"><span></span>{_ticks(axis)}</div>')
     kind = {"linear": "", "log": "logarithmic axis", "symlog": "logarithmic axis, linear near zero"}[axis.kind]
     about = f" <span class=unit>in {escape(unit)}</span>" * bool(unit) + f" <span class=scale>{kind}</span>" * bool(kind)
-    return Markup(
-        f'<figure class="intervals"><figcaption><b>{escape(quantity)}</b>{about}</figcaption>{"".join(parts)}</figure>'
-    )
+    return Markup(f'<figure class="intervals"><figcaption><b>{escape(quantity)}</b>{about}</figcaption>{"".join(parts)}</figure>')
 
 
 def curve_plots(settings: Sequence[tuple[str, dict[str, dict]]]) -> list[dict]:

@@ -12,8 +12,25 @@ from paperclaims.fixtures.statistics import Interval
 
 TOPICS = ("attention", "losses", "low_rank", "sparsity", "theory", "vision", "quantization")
 MARKUP = "Rank <b>one</b> & </script><script>document.title='broken'</script> \"quoted\" {{ 7 * 7 }}"
-MACHINE = {"system": "Linux x86_64", "processor": "Some Processor 3000", "cores": 2, "memory_gib": 23.5, "python": "3.11.2", "accelerator": None}
-KINDS = ("reproduced", "in part", "not reproduced", "inconclusive", "needs an accelerator", "missing extra", "failed", "not run", "not encoded")
+MACHINE = {
+    "system": "Linux x86_64",
+    "processor": "Some Processor 3000",
+    "cores": 2,
+    "memory_gib": 23.5,
+    "python": "3.11.2",
+    "accelerator": None,
+}
+KINDS = (
+    "reproduced",
+    "in part",
+    "not reproduced",
+    "inconclusive",
+    "needs an accelerator",
+    "missing extra",
+    "failed",
+    "not run",
+    "not encoded",
+)
 
 
 def catalogue(papers: int = 429) -> list[dict]:
@@ -109,7 +126,17 @@ def record(root, row, claim, arm, test, line, params, expected, status, rng, tex
             evidence.require("exactness", 3e-16, below=1e-9)
             steps = np.arange(1, 25)
             loss = centre + steps**-0.7
-            evidence.curve("loss", steps, loss, low=loss - 0.05, high=loss + 0.05, series=text or "ours", x_label="step", y_label="loss", log="x")
+            evidence.curve(
+                "loss",
+                steps,
+                loss,
+                low=loss - 0.05,
+                high=loss + 0.05,
+                series=text or "ours",
+                x_label="step",
+                y_label="loss",
+                log="x",
+            )
             evidence.curve("loss", steps, loss + 0.1, series="baseline", x_label="step", y_label="loss", log="x")
         else:
             evidence.require("peak memory", 2**20 if good else 24_641_536_000, below=2**21, unit="B")
@@ -132,7 +159,12 @@ def record(root, row, claim, arm, test, line, params, expected, status, rng, tex
         **{"expected": expected, "reason": None if expected == "reproduced" else text or "the baseline, tuned, does as well"},
         "requirements": [requirement.as_dict() for requirement in evidence.requirements],
         **{"records": evidence.records, "curves": evidence.curves, "outcome": outcome, "message": message},
-        **{"seed": 0, "seeds": [11, 12, 13, 14], "duration": float(rng.uniform(0.2, 9)), "command": f"python -m pytest '{nodeid}' --seed 0"},
+        **{
+            "seed": 0,
+            "seeds": [11, 12, 13, 14],
+            "duration": float(rng.uniform(0.2, 9)),
+            "command": f"python -m pytest '{nodeid}' --seed 0",
+        },
         **{"sources": store.sources(root / module, root), "packages": {"numpy": "2.3.1", "torch": "2.13.0"}, "machine": MACHINE},
         "time": "2026-11-21T14:07:19+00:00",
     }

@@ -312,7 +312,11 @@ def test_curves_share_a_plot_and_what_both_arms_drew_alike_appears_once():
     arms = {"claim": {"curves": [curve("ours", [2.0, 1.0]), curve("base", [3.0, 3.0])]}}
     arms["control"] = {"curves": [curve("ours", [3.0, 2.0]), curve("base", [3.0, 3.0])]}
     (plot,) = plots.curve_plots([("", arms)])
-    assert [(series["name"], series["arm"]) for series in plot["series"]] == [("ours", "claim"), ("base", "claim"), ("ours", "control")]
+    assert [(series["name"], series["arm"]) for series in plot["series"]] == [
+        ("ours", "claim"),
+        ("base", "claim"),
+        ("ours", "control"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -82,23 +82,12 @@ class Trainers:
     def __init__(self, cluster, **options):
         program = "import hashlib, json, runpy, sys\nimport numpy as np\n"
         program += inspect.getsource(train_step) + inspect.getsource(trainer) + "trainer(*sys.argv[1:])\n"
-        self.processes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-c",
-                    program,
-                    reft.__file__,
-                    json.dumps({"paths": cluster.paths, "rank": rank, **options}),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-            for rank in range(cluster.nodes)
-        ]
+        command = [sys.executable, "-P", "-c", program, reft.__file__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        self.processes = []
+        for rank in range(cluster.nodes):
+            told = json.dumps({"paths": cluster.paths, "rank": rank, **options})
+            self.processes.append(subprocess.Popen([*command, told], **pipes))
 
     def __enter__(self):
         return self
@@ -225,7 +214,7 @@ def encoded_group(rng, nodes, parity, rotated=True):
 
 
 def rebuilt(images, layout, parity, lost):
-    """ "same" bits, "other" bits, or "reported" as unrecoverable, after losing these nodes."""
+    """What comes back after losing these nodes: the "same" bits, "other" ones, or none, which is "reported"."""
     left = [None if node in lost else image for node, image in enumerate(images)]
     try:
         for node in lost:

@@ -336,7 +336,11 @@ class NodeMemory:
         return self.slots[self.steps.index(step)]
 
     def save(self, step: int, state: Mapping[str, object], ranks: int, rank: int) -> None:
-        """Snapshot a rank's shard of `state` over the older slot; it counts from the last instruction on."""
+        """Snapshot a rank's shard of `state` over the older slot; it counts from the last instruction on.
+
+        What is there of this step or a later one, from before a failure, is dropped: it may not match the other ranks'.
+        """
+        self.saved[self.saved[:, 0] >= step] = -1
         slot = int(np.argmin(self.steps))
         self.saved[slot] = -1
         copy_shard(state, ranks, rank, self.slots[slot, : self.nodes - self.parity].reshape(-1))
@@ -504,7 +508,7 @@ class Cluster:
             raise RuntimeError(f"the SMP of node {node}: {answer['error']}")
 
     def _discard(self, node: int, wait: float | None = None) -> None:
-        """Reap a manager: after `wait` seconds, or at once, it is killed."""
+        """Reap a manager that was told to end or killed; by force after `wait` seconds."""
         manager = self.managers[node]
         try:
             manager.wait(timeout=wait)

@@ -218,6 +218,17 @@ def test_memory_keeps_the_last_two_steps(tmp_path):
         other.image(1)
 
 
+def test_a_new_life_drops_the_steps_of_the_old_one(tmp_path):
+    memory = reft.NodeMemory(tmp_path / "node", create=(2, 1, 64))
+    for step, value in ((4, 0), (5, 1), (5, 2)):
+        memory.save(step, {"a": np.full(64, value, dtype=np.uint8)}, 1, 0)
+    assert sorted(memory.steps) == [4, 5]
+    assert (memory.shard(5) == 2).all()
+    memory.save(4, {"a": np.full(64, 3, dtype=np.uint8)}, 1, 0)
+    assert sorted(memory.steps) == [-1, 4]
+    assert (memory.shard(4) == 3).all()
+
+
 def test_a_writer_that_dies_leaves_the_other_slot(tmp_path):
     class Dying(dict):
         def values(self):
