@@ -68,7 +68,12 @@ def build(out: Path = SITE, evidence: Path = store.EVIDENCE, root: Path = store.
         write_site(fresh, out, root, papers, report)
         if out.exists():
             out.rename(old)
-        fresh.rename(out)
+        try:
+            fresh.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
     return report
 
 
@@ -138,11 +143,13 @@ def index_values(papers: list[model.Paper]) -> dict:
 def paper_values(paper: model.Paper, topic: list[model.Paper], position: int, root: Path, fused: dict[str, list[str]]) -> dict:
     """What a paper's page shows: `topic` are the papers of its topic, `fused` the kernels by slug."""
     first = max(0, min(position - 3, len(topic) - 7))
-    files = [paper.module, f"impl/{paper.topic}/{paper.slug}.py", *fused.get(paper.slug, [])]
     imported = sorted({path for record in paper.records for path in record["sources"]["files"]})
+    own = [paper.module, f"impl/{paper.topic}/{paper.slug}.py", *fused.get(paper.slug, [])]
+    own += [path for path in imported if not path.startswith("fixtures/")]
     return {
         "paper": paper,
-        "files": [path for path in dict.fromkeys(files + imported) if (root / path).is_file()],
+        "files": [path for path in dict.fromkeys(own) if (root / path).is_file()],
+        "helpers": [path for path in imported if path not in own and (root / path).is_file()],
         "near": [other for other in topic[first : first + 7] if other is not paper],
         "runs": runs(paper.records),
         "curves": {claim.record["test"]: curve_values(claim) for claim in paper.claims},

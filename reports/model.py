@@ -37,7 +37,7 @@ class Setting:
 
     @property
     def margin(self) -> float | None:
-        """The least distance of a decisive interval to its threshold, in interval widths; None where nothing is open to chance."""
+        """The least distance of a decisive interval to its threshold, in interval widths; None where all is exact or open."""
         if self.status == REPRODUCED:
             decisive = self.arms["claim"]["requirements"]
         elif self.status == NOT_REPRODUCED:

@@ -38,7 +38,7 @@ class Axis:
         return round(min(100.0, max(0.0, 4 + 92 * share)), 2)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """At most five positions in per cent and their labels."""
+        """A handful of positions in per cent, from left to right, and their labels."""
         if self.kind == "linear":
             digits = 2 + math.ceil(math.log10(max(abs(self.start), abs(self.stop)) / (self.stop - self.start)) + 1)
             found = _nice(self.start, self.stop, 5)
@@ -48,18 +48,12 @@ class Axis:
         if self.kind == "log":
             exponents = _thin(list(range(math.ceil(self.start - 1e-9), math.floor(self.stop + 1e-9) + 1)))
             return [(self.at(10.0**e), power(e)) for e in exponents]
-        first, last = (
-            math.ceil(math.log10(self.unit)),
-            [math.floor(math.log10(_unscale(abs(v), self.unit))) for v in self._ends()],
-        )
-        signed = [-(10.0**e) for e in reversed(_thin(list(range(first, last[0] + 1)), 2))]
-        signed += [0.0, *(10.0**e for e in _thin(list(range(first, last[1] + 1)), 3))]
-        inside = [value for value in signed if self.start <= self.scale(value) <= self.stop]
-        labels = {v: "0" if v == 0 else ("−" if v < 0 else "") + power(round(math.log10(abs(v)))) for v in inside}
-        return [(self.at(value), labels[value]) for value in inside]
-
-    def _ends(self) -> tuple[float, float]:
-        return min(self.start, 0.0) or 1e-12, max(self.stop, 0.0) or 1e-12
+        signed = {0.0: "0"}
+        for sign, end in ((-1.0, -self.start), (1.0, self.stop)):
+            largest = self.unit * (10 ** max(end, 1e-12) - 1)
+            exponents = range(math.ceil(math.log10(self.unit)), math.floor(math.log10(largest)) + 1)
+            signed |= {sign * 10.0**e: "−" * (sign < 0) + power(e) for e in _thin(list(exponents), 3)}
+        return [(self.at(v), signed[v]) for v in sorted(signed) if self.start <= self.scale(v) <= self.stop]
 
 
 def axis_for(requirements: Sequence[dict]) -> Axis:
@@ -180,7 +174,8 @@ def _flag(axis: Axis, requirement: dict) -> str:
     else:
         x = (start + stop) / 2
         anchor, text = "start" if x < 25 else "end" if x > 75 else "middle", rule
-    return f'<svg class="track" height="18" aria-hidden="true"><text x="{round(x, 2)}%" y="13" text-anchor="{anchor}">{text}</text></svg>'
+    words = f'<text x="{round(x, 2)}%" y="13" text-anchor="{anchor}">{text}</text>'
+    return f'<svg class="track" height="18" aria-hidden="true">{words}</svg>'
 
 
 def _ticks(axis: Axis) -> str:
@@ -214,7 +209,3 @@ def _thin(values: list[int], most: int = 5) -> list[int]:
     """Every k-th value, counted from the last, so that at most `most` remain."""
     stride = max(1, math.ceil(len(values) / most))
     return values[::-1][::stride][::-1]
-
-
-def _unscale(scaled: float, unit: float) -> float:
-    return max(unit * (10**scaled - 1), 1e-300)

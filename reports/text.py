@@ -31,7 +31,9 @@ def interval(estimate: float, low: float, high: float) -> tuple[str, str]:
     if low == high:
         return number(estimate, 6), ""
     largest, width = max(abs(low), abs(high)), high - low
-    if not math.isfinite(width) or largest >= 1e6 or largest < 1e-3 or width < 1e-9 * largest:
+    if width < 1e-6 * largest:
+        return number(estimate, 6), f"± {number(width / 2, 3)}"
+    if largest >= 1e6 or largest < 1e-3:
         return number(estimate), f"[{number(low)}, {number(high)}]"
     decimals = min(9, max(0, 1 - math.floor(math.log10(width))))
     shown = [_minus(f"{value:,.{decimals}f}") for value in (estimate, low, high)]

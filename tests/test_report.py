@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paperclaims.fixtures import catalogue
 from paperclaims.fixtures import evidence as store
 from paperclaims.fixtures.protocol import Requirement
 from paperclaims.fixtures.statistics import Interval
@@ -108,6 +109,33 @@ def test_the_numbers_of_the_pages_are_those_of_the_evidence(root, report):
         assert shown == expected
         counted += len(shown)
     assert counted == len(measured) > 50
+
+
+def test_rankings_name_the_weakest_and_the_slowest_claims(root, report):
+    claims = [(found["slug"], claim) for found in report["papers"] for claim in found["claims"]]
+    took = {
+        (slug, claim["test"]): sum(arm["duration"] for setting in claim["settings"] for arm in setting["arms"].values())
+        for slug, claim in claims
+    }
+    margins = {(slug, claim["test"]): claim["margin"] for slug, claim in claims if claim["margin"] is not None}
+    lists = (root / "reports" / "site" / "index.html").read_text().split('<ol class="ranking">')[1:]
+    shown = [re.findall(r'papers/(\w+)\.html#(\w+)"', part.split("</ol>")[0]) for part in lists]
+    assert shown == [sorted(margins, key=margins.get)[:8], sorted(took, key=took.get, reverse=True)[:8]]
+    for found in report["papers"]:
+        total = sum(took[found["slug"], claim["test"]] for claim in found["claims"])
+        assert found["duration"] == (pytest.approx(total) if found["claims"] else None)
+
+
+def test_side_findings_do_not_count(root, report):
+    assert paper(report, 1)["why"] == "Of 2 central claims, 1 held here, 1 held in part."
+    records = [
+        r | {"label": "local", "stale": False} for r in store.read(root / "reports" / "evidence")[0] if r["slug"] == SLUG(1)
+    ]
+    side = [r | {"test": "test_side", "line": 90, "central": False} for r in records if r["test"] == "test_main"]
+    row = catalogue.load(root)[SLUG(1)]
+    (found,) = model.papers([row], records + side, {}, root)
+    assert len(found.claims) == 3
+    assert found.why == paper(report, 1)["why"]
 
 
 def test_markup_in_the_catalogue_and_the_evidence_is_text(root, report):
@@ -294,13 +322,71 @@ def test_a_plot_shows_on_which_side_of_the_bound_an_interval_lies(claim, control
     plots.interval_plot("q", [("", {"claim": shown[0], "control": shown[1]})])
 
 
+@pytest.mark.parametrize(
+    ("sides", "shade", "flag"),
+    [
+        ({"below": 4}, (0.0, 50.0), "← at most 4"),
+        ({"above": 4}, (50.0, 50.0), "at least 4 →"),
+        ({"above": 2, "below": 4}, (4.0, 46.0), "2 to 4"),
+    ],
+)
+def test_a_plot_draws_the_interval_and_shades_the_side_that_satisfies(sides, shade, flag):
+    shown = {"claim": requirement(3, 2, 3.5, **sides), "control": requirement(6, 6, 6, **sides)}
+    drawn = plots.interval_plot("q", [("", shown)])
+    rectangle = re.search(r'class="satisfied" x="([\d.]+)%" width="([\d.]+)%"', drawn)
+    assert tuple(map(float, rectangle.groups())) == shade
+    assert 'cx="27.0%"' in drawn
+    assert '<line x1="4.0%" x2="38.5%"' in drawn
+    assert '<svg x="96.0%" y="50%" class="mark"><path' in drawn
+    assert flag in drawn
+    edges = {shade[0], shade[0] + shade[1]} - {0.0, 100.0}
+    assert {float(x) for x in re.findall(r'class="bound" x1="([\d.]+)%"', drawn)} == edges
+
+
+def test_the_bound_is_labelled_inside_the_plot():
+    for value, anchor in ((10, "start"), (90, "end")):
+        for side in ("below", "above"):
+            ends = [requirement(0, 0, 0, **{side: value}), requirement(100, 100, 100, **{side: value})]
+            drawn = plots.interval_plot("q", [("", dict(zip(("claim", "control"), ends, strict=True)))])
+            assert f'y="13" text-anchor="{anchor}"' in drawn
+
+
+def test_a_plot_says_what_the_control_has_to_do():
+    shown = {"claim": requirement(1, 1, 1, below=2), "control": requirement(3, 3, 3, below=2)}
+    assert "contradicted, as it must be" in plots.interval_plot("q", [("", shown)], must_break=True)
+    assert "contradicted, need not break" in plots.interval_plot("q", [("", shown)], must_break=False)
+    shown["control"] = shown["claim"]
+    assert "met, should be contradicted" in plots.interval_plot("q", [("", shown)], must_break=True)
+
+
+def test_pages_tell_which_requirement_the_control_has_to_break(root, report):
+    shown = page(root, 9).text
+    assert "contradicted, as it must be" in shown
+    assert shown.count("met, need not break") == 1
+
+
+def test_margin_of_a_setting_looks_at_what_decides_it():
+    def arm(*requirements):
+        named = [found | {"quantity": name} for name, found in zip("ab", requirements, strict=False)]
+        return {"requirements": named, "control_breaks": ["a"]}
+
+    wide, near, broken = requirement(5, 4, 6, above=2), requirement(5, 4, 6, above=3.8), requirement(5, 4, 6, above=9)
+    claim = model.Setting("", "reproduced", "", {"claim": arm(wide, near), "control": arm(broken, near)})
+    assert claim.margin == pytest.approx(0.1)
+    claim = model.Setting("", "reproduced", "", {"claim": arm(wide, wide), "control": arm(requirement(5, 4, 6, above=6.4), near)})
+    assert claim.margin == pytest.approx(0.2)
+    claim = model.Setting("", "not reproduced", "", {"claim": arm(broken, near), "control": arm(broken, near)})
+    assert claim.margin == pytest.approx(1.5)
+    assert model.Setting("", "inconclusive", "", {"claim": arm(near), "control": arm(broken)}).margin is None
+
+
 def test_the_axis_is_logarithmic_where_a_linear_one_would_hide_the_small():
     assert plots.axis_for([requirement(1, 0.9, 1.1, below=900)]).kind == "linear"
     assert plots.axis_for([requirement(1, 0.9, 1.1, below=2000)]).kind == "log"
     assert plots.axis_for([requirement(0, 0, 0, below=1e-9), requirement(0.3, 0.3, 0.3, below=1e-9)]).kind == "symlog"
     assert plots.axis_for([requirement(0.1, -0.1, 0.3, above=0), requirement(1e-9, -0.2, 0.2, above=0)]).kind == "linear"
-    near = plots.Axis("linear", 1e9, 1e9 + 0.004).ticks()
-    assert near[1][1] == "1,000,000,000.001"
+    near = plots.Axis("linear", 1e5, 1e5 + 0.004).ticks()
+    assert near[1][1] == "100,000.002"
     assert plots.Axis("log", 0, 4).ticks() == [(4.0, "1"), (27.0, "10"), (50.0, "100"), (73.0, "10³"), (96.0, "10⁴")]
 
 
@@ -344,6 +430,7 @@ def test_an_interval_has_the_digits_that_its_width_justifies():
     assert text.interval(0.123456, 0.101, 0.145) == ("0.123", "[0.101, 0.145]")
     assert text.interval(71.44, 68.1, 74.9) == ("71.4", "[68.1, 74.9]")
     assert text.interval(3.0, 3.0, 3.0) == ("3", "")
+    assert text.interval(1.0, 1 - 1e-12, 1 + 1e-12) == ("1", "± 10⁻¹²")
     assert text.interval(2e-5, 1e-5, 3e-5) == ("2×10⁻⁵", "[10⁻⁵, 3×10⁻⁵]")
 
 

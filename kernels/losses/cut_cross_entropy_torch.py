@@ -46,7 +46,7 @@ def forward(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options:
         x = _compute(e[tokens])
         running = _RunningLoss(x, targets[tokens], len(c), options)
         for words in blocks(len(c), options.tile_words):
-            running.add(_logits(x, c, bias, words, options, tile), words)
+            running.add(words, _logits(x, c, bias, words, options, tile))
         loss[tokens], lse[tokens] = running.finish()
     return loss, lse
 
@@ -116,25 +116,24 @@ def forward_and_gradients(
     for tokens in blocks(len(e), options.tile_tokens):
         x = _compute(e[tokens])
         running = _RunningLoss(x, targets[tokens], len(c), options)
-        tiles = [
-            (words, _logits(x, c, bias, words, options, kept[words.start * len(x) :]))
-            for words in blocks(len(c), options.tile_words)
-        ]
-        for words, tile in tiles:
-            running.add(tile, words)
+        tiles = []
+        for words in blocks(len(c), options.tile_words):
+            tiles.append((words, _logits(x, c, bias, words, options, kept[words.start * len(x) :])))
+            running.add(*tiles[-1])
         loss[tokens], lse[tokens] = running.finish()
         dx = torch.zeros_like(x) if needs[0] else None
+        scaled = x * scale
         for words, g in tiles:
             keep = _logit_gradient(g, lse[tokens], targets[tokens] - words.start, None, len(c), options)
             if needs[0] and (keep or not options.filter_e):
                 torch.addmm(dx, g, _compute(c[words]), out=dx)
             if needs[1] and (keep or not options.filter_c):
-                dc.add(words, g.T, x)
+                dc.add(words, g.T, scaled)
             if needs[2]:
                 db[words] += g.sum(0)
         if needs[0]:
             de[tokens] = dx.mul_(scale).to(de.dtype)
-    return loss, lse, Gradients(de, dc.finish(scale) if needs[1] else None, db.mul_(scale).to(bias.dtype) if needs[2] else None)
+    return loss, lse, Gradients(de, dc.finish() if needs[1] else None, db.mul_(scale).to(bias.dtype) if needs[2] else None)
 
 
 def vocabulary_order(e: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
@@ -160,7 +159,7 @@ class _RunningLoss:
         self.target_logit = x.new_zeros(len(x))
         self.sum = x.new_zeros(len(x))
 
-    def add(self, tile: Tensor, words: slice) -> None:
+    def add(self, words: slice, tile: Tensor) -> None:
         self.lse = torch.logaddexp(self.lse, tile.logsumexp(1))
         place, inside = _inside(self.targets - words.start, tile.shape[1])
         self.target_logit += torch.where(inside, tile.gather(1, place[:, None])[:, 0], 0)
@@ -196,8 +195,8 @@ class _RunningSum:
             self.lost[rows] = ((rounded.to(a.dtype) - total) - summand).to(self.dtype)
         self.total[rows] = rounded
 
-    def finish(self, scale: Tensor) -> Tensor:
-        return self.total.mul_(scale).to(self.dtype)
+    def finish(self, scale: Tensor | None = None) -> Tensor:
+        return (self.total if scale is None else self.total.mul_(scale)).to(self.dtype)
 
 
 def _logits(x: Tensor, c: Tensor, bias: Tensor | None, words: slice, options: Options, buffer: Tensor) -> Tensor:

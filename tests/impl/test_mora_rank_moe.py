@@ -159,6 +159,7 @@ def test_dropping_experts_without_value_changes_nothing():
     assert layer.ranks == 2
     assert torch.equal(layer.pool()[1], trained)
     assert layer.keys[0].requires_grad
+    assert layer.values[0].requires_grad
     torch.testing.assert_close((layer(x) - layer.linear(x)) * 2 / 5, x @ layer.keys[0].mT @ trained.mT / 5)
     assert not torch.allclose(layer(x), before)
     layer.drop(torch.tensor([True, False]))
