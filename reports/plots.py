@@ -14,6 +14,7 @@ from paperclaims.reports.text import bounds, interval, number, power
 
 NAMES = {"claim": "Claim", "control": "Control"}
 SPAN = 1e3
+CLEAR = 8.0  # per cent of the width that two marks need between them
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,38 @@ class Axis:
 
 
 def axis_for(requirements: Sequence[dict]) -> Axis:
-    """The axis on which all intervals and bounds are told apart: logarithmic when they span more than a factor of 1,000."""
+    """The axis that shows how far each estimate is from its bounds.
+
+    Where sizes span more than a factor of 1,000 that is a logarithmic one, unless it hides a difference that a linear one shows.
+    With values at or below zero it is linear near zero, and used only where a linear one hides a difference.
+    """
     limits = [r[side] for r in requirements for side in ("above", "below") if r[side] is not None]
     values = [r[key] for r in requirements for key in ("estimate", "low", "high") if math.isfinite(r[key])] + limits
+    low, high = min(values), max(values)
+    room = 0.0 if high > low else (abs(high) or 1.0) / 2
+    linear = Axis("linear", low - room, high + room)
     sizes = [max(abs(r["low"]), abs(r["high"]), abs(r["estimate"])) for r in requirements] + [abs(value) for value in limits]
     sizes = [size for size in sizes if 0 < size < math.inf]
-    low, high = min(values), max(values)
-    if sizes and low > 0 and high / low > SPAN:
-        return Axis("log", math.log10(low), math.log10(high))
-    if sizes and max(sizes) / min(sizes) > SPAN:
-        unit = max(min(sizes), 1e-16 * max(sizes))
-        axis = Axis("symlog", 0, 1, unit)
-        return Axis("symlog", axis.scale(low), axis.scale(high), unit)
-    room = (high - low) or abs(high) or 1.0
-    return Axis("linear", low, high) if high > low else Axis("linear", low - room / 2, high + room / 2)
+    if not sizes or max(sizes) / min(sizes) <= SPAN:
+        return linear
+    plain = _separation(linear, requirements)
+    if low > 0:
+        log = Axis("log", math.log10(low), math.log10(high))
+        return log if _separation(log, requirements) >= min(plain, CLEAR) else linear
+    unit = max(min([abs(limit) for limit in limits if limit] or sizes), 1e-16 * max(sizes))
+    axis = Axis("symlog", 0, 1, unit)
+    symlog = Axis("symlog", axis.scale(low), axis.scale(high), unit)
+    return symlog if plain < min(CLEAR, _separation(symlog, requirements)) else linear
+
+
+def _separation(axis: Axis, requirements: Sequence[dict]) -> float:
+    """The least distance between an estimate and a bound of its own, in per cent of the width."""
+    return min(
+        abs(axis.at(found["estimate"]) - axis.at(found[side]))
+        for found in requirements
+        for side in ("above", "below")
+        if found[side] is not None
+    )
 
 
 def interval_plot(quantity: str, groups: Sequence[tuple[str, dict[str, dict | None]]], must_break: bool = True) -> Markup:
@@ -152,7 +171,7 @@ def _expectation(arm: str, outcome: str, must_break: bool) -> str:
         return ""
     if not must_break:
         return ", need not break"
-    return ", as it must be" if outcome == "contradicted" else ", should be contradicted"
+    return {"contradicted": ", as it must be", "met": ", should not be"}.get(outcome, "")
 
 
 def _side(axis: Axis, requirement: dict) -> str:

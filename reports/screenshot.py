@@ -35,7 +35,7 @@ def screenshot(page: Path, picture: Path, width: int = 1200, height: int = 900, 
     with browser() as running:
         tab = running.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
         tab.goto(Path(page).resolve().as_uri())
-        for plot in tab.locator(".plotly").all() if whole else ():
+        for plot in tab.locator(".chart").all() if whole else ():
             plot.scroll_into_view_if_needed()
             plot.locator(".main-svg").first.wait_for()
         tab.screenshot(path=picture, full_page=whole)

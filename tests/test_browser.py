@@ -34,7 +34,7 @@ CONTRAST = """() => {
   let worst = [99, ""];
   for (const element of document.querySelectorAll("main *, header *, footer *")) {
     const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!own || !element.checkVisibility() || element.closest(".plotly, title, script")) continue;
+    if (!own || !element.checkVisibility() || element.closest(".chart, title, script")) continue;
     const style = getComputedStyle(element);
     const front = light(parse(element.tagName === "text" ? style.fill : style.color).slice(0, 3));
     const back = light(behind(element));
@@ -203,11 +203,11 @@ def test_paper_pages_say_what_report_json_says(visit, report):
 
 
 def test_curves_are_drawn_when_they_come_into_view(visit, site):
-    name = next((path.name for path in sorted((site / "papers").glob("*.html")) if 'class="plotly"' in path.read_text()), None)
+    name = next((path.name for path in sorted((site / "papers").glob("*.html")) if 'class="chart"' in path.read_text()), None)
     if name is None:
         pytest.skip("this report has no curves")
     page = visit(f"papers/{name}")
-    plot = page.locator(".plotly").first
+    plot = page.locator(".chart").first
     plot.scroll_into_view_if_needed()
     plot.locator(".scatterlayer .trace").first.wait_for(state="attached")
     before = plot.locator(".gtitle, .xtitle, text").first.evaluate("element => getComputedStyle(element).fill")

@@ -107,8 +107,8 @@ def default_tile(n: int, v: int, d: int, itemsize: int, form: bool, filtered: bo
     if backend == "triton":
         return (128, 128) if itemsize < 4 else (64, 64)
     if form:
-        return min(max(int(0.375 * (n + v) * d * itemsize / (v * max(itemsize, 4))) // 16 * 16, 16), 512), 1024
-    return (128, 256) if filtered else (1024, 1024)
+        return min(max(int(0.375 * (n + v) * d * itemsize / (v * max(itemsize, 4))) // 16 * 16, 16), 512), 4096
+    return (128, 256) if filtered else (2048, 1024)
 
 
 class Cost(NamedTuple):

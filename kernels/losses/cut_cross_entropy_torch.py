@@ -118,13 +118,14 @@ def forward_and_gradients(
         running = _RunningLoss(x, targets[tokens], len(c), options)
         tiles = []
         for words in blocks(len(c), options.tile_words):
-            tiles.append((words, _logits(x, c, bias, words, options, kept[words.start * len(x) :])))
-            running.add(*tiles[-1])
+            tile = _logits(x, c, bias, words, options, kept[words.start * len(x) :])
+            most = running.add(words, tile, keep=options.softcap > 0)
+            tiles.append((words, tile, None if options.softcap else most))
         loss[tokens], lse[tokens] = running.finish()
         dx = torch.zeros_like(x) if needs[0] else None
         scaled = x * scale
-        for words, g in tiles:
-            keep = _logit_gradient(g, lse[tokens], targets[tokens] - words.start, None, len(c), options)
+        for words, g, most in tiles:
+            keep = _logit_gradient(g, lse[tokens], targets[tokens] - words.start, None, len(c), options, most)
             if needs[0] and (keep or not options.filter_e):
                 torch.addmm(dx, g, _compute(c[words]), out=dx)
             if needs[1] and (keep or not options.filter_c):
@@ -159,12 +160,16 @@ class _RunningLoss:
         self.target_logit = x.new_zeros(len(x))
         self.sum = x.new_zeros(len(x))
 
-    def add(self, words: slice, tile: Tensor) -> None:
-        self.lse = torch.logaddexp(self.lse, tile.logsumexp(1))
+    def add(self, words: slice, tile: Tensor, keep: bool = False) -> Tensor:
+        """Takes in a tile and, unless it is to `keep` its logits, leaves exp(logits - most) there; returns most, (n, 1)."""
         place, inside = _inside(self.targets - words.start, tile.shape[1])
         self.target_logit += torch.where(inside, tile.gather(1, place[:, None])[:, 0], 0)
         if self.smoothing:
             self.sum += tile.sum(1)
+        most = tile.amax(1, keepdim=True).clamp_(min=torch.finfo(tile.dtype).min)  # a tile may hold nothing but -inf
+        total = torch.sub(tile, most, out=None if keep else tile).exp_().sum(1)
+        self.lse = torch.logaddexp(self.lse, total.log_().add_(most[:, 0]))
+        return most
 
     def finish(self) -> tuple[Tensor, Tensor]:
         expected = self.target_logit
@@ -210,14 +215,25 @@ def _logits(x: Tensor, c: Tensor, bias: Tensor | None, words: slice, options: Op
     return tile
 
 
-def _logit_gradient(tile: Tensor, lse: Tensor, place: Tensor, weights: Tensor | None, vocabulary: int, options: Options) -> bool:
+def _logit_gradient(
+    tile: Tensor,
+    lse: Tensor,
+    place: Tensor,
+    weights: Tensor | None,
+    vocabulary: int,
+    options: Options,
+    most: Tensor | None = None,
+) -> bool:
     """Turns a tile of logits, in place, into the gradient of the weighted loss by the uncapped logits.
 
-    `place` is the target's column in the tile, or out of it. Returns whether the tile counts: False where every softmax
-    minus its target distribution is below `filter_eps` in size.
+    `place` is the target's column in the tile, or out of it; with `most`, (n, 1), the tile holds exp(logits - most). Returns
+    whether the tile counts: False where every softmax minus its target distribution is below `filter_eps` in size.
     """
     slope = 1 - (tile / options.softcap).square_() if options.softcap else None
-    tile.sub_(lse[:, None]).exp_()
+    if most is None:
+        tile.sub_(lse[:, None]).exp_()
+    else:
+        tile *= (most - lse[:, None]).exp_()
     place, inside = _inside(place, tile.shape[1])
     label = inside.to(tile.dtype).mul_(options.label_smoothing - 1)
     tile.scatter_add_(1, place[:, None], label[:, None])

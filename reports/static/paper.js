@@ -85,6 +85,6 @@
       load().then(() => draw(target));
     }
   }, { rootMargin: "400px" });
-  for (const element of document.querySelectorAll(".plotly")) watcher.observe(element);
+  for (const element of document.querySelectorAll(".chart")) watcher.observe(element);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => [...drawn.keys()].forEach(draw));
 })();
