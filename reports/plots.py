@@ -54,7 +54,8 @@ class Axis:
             largest = self.unit * (10 ** max(end, 1e-12) - 1)
             exponents = range(math.ceil(math.log10(self.unit)), math.floor(math.log10(largest)) + 1)
             signed |= {sign * 10.0**e: "−" * (sign < 0) + power(e) for e in _thin(list(exponents), 3)}
-        return [(self.at(v), signed[v]) for v in sorted(signed) if self.start <= self.scale(v) <= self.stop]
+        apart = [v for v in sorted(signed) if v == 0 or abs(self.at(v) - self.at(0.0)) > 12]
+        return [(self.at(v), signed[v]) for v in apart if self.start <= self.scale(v) <= self.stop]
 
 
 def axis_for(requirements: Sequence[dict]) -> Axis:
@@ -145,7 +146,7 @@ def curve_plots(settings: Sequence[tuple[str, dict[str, dict]]]) -> list[dict]:
 
 
 def _row(axis: Axis, quantity: str, arm: str, requirement: dict, must_break: bool) -> str:
-    estimate, spread = interval(requirement["estimate"], requirement["low"], requirement["high"])
+    estimate, spread = interval(*(requirement[key] for key in ("estimate", "low", "high", "above", "below")))
     outcome = requirement["outcome"]
     measured = f"{estimate}, {requirement['level']:.0%} interval {spread}" if spread else f"{estimate} exactly"
     title = f"{NAMES[arm]} arm, {quantity}: {measured}; required {_rule(requirement)}: {outcome}"

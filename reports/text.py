@@ -26,8 +26,11 @@ def power(exponent: int) -> str:
     return {0: "1", 1: "10", 2: "100"}.get(exponent, f"10{str(exponent).translate(SUPERSCRIPTS)}")
 
 
-def interval(estimate: float, low: float, high: float) -> tuple[str, str]:
-    """The estimate and its interval, with the digits that the interval's width justifies; no interval for an exact number."""
+def interval(estimate: float, low: float, high: float, *limits: float | None) -> tuple[str, str]:
+    """The estimate and its interval, with the digits that the interval's width justifies; no interval for an exact number.
+
+    An end that would round to one of `limits` gets more digits, so that the reader sees on which side it lies.
+    """
     if low == high:
         return number(estimate, 6), ""
     largest, width = max(abs(low), abs(high)), high - low
@@ -36,6 +39,8 @@ def interval(estimate: float, low: float, high: float) -> tuple[str, str]:
     if largest >= 1e6 or largest < 1e-3:
         return number(estimate), f"[{number(low)}, {number(high)}]"
     decimals = min(9, max(0, 1 - math.floor(math.log10(width))))
+    while decimals < 9 and any(round(end, decimals) == limit != end for end in (low, high) for limit in limits):
+        decimals += 1
     shown = [_minus(f"{value:,.{decimals}f}") for value in (estimate, low, high)]
     return shown[0], f"[{shown[1]}, {shown[2]}]"
 

@@ -434,6 +434,7 @@ def test_numbers_are_short(value, shown):
 def test_an_interval_has_the_digits_that_its_width_justifies():
     assert text.interval(0.123456, 0.101, 0.145) == ("0.123", "[0.101, 0.145]")
     assert text.interval(71.44, 68.1, 74.9) == ("71.4", "[68.1, 74.9]")
+    assert text.interval(0.2, -0.53, 0.98, 1.0) == ("0.20", "[−0.53, 0.98]")
     assert text.interval(0.05, 0.04, 0.06) == ("0.050", "[0.040, 0.060]")
     assert text.interval(3.0, 3.0, 3.0) == ("3", "")
     assert text.interval(1.0, 1 - 1e-12, 1 + 1e-12) == ("1", "± 10⁻¹²")

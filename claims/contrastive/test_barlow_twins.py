@@ -181,7 +181,7 @@ def test_the_redundancy_term_is_needed(arm, seeds, evidence):
 
 
 @inconclusive(
-    "both losses lose one or two points from 256 to 64 pairs a step, and which loses more is within the noise of 8 seeds"
+    "neither loss loses more than two points from 256 to 64 pairs a step; which loses more is within the noise of 8 seeds"
 )
 @claim(
     "Small batches cost Barlow Twins less than InfoNCE: going from 256 to 64 pairs a step, with as many pairs in all, "

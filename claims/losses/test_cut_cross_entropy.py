@@ -199,7 +199,7 @@ def test_vocabulary_sorting(arm, rng, evidence):
     "Training with filtered gradients reaches the loss of training with exact ones: fine-tuning with both gradients filtered, "
     "pre-training with the classifier's left whole.",
     scale="reduced",
-    differs="an MLP over two words with 4,096 words of the King James Bible, 60 and 30 steps, not billion-parameter models",
+    differs="an MLP over two words with 4,096 words of the King James Bible, 80 and 40 steps, not billion-parameter models",
     control="the filter's threshold is 2^-4, far above the precision, not 2^-12",
     control_breaks=("loss after pre-training beyond the exact one's", "loss after fine-tuning beyond the exact one's"),
     paper_value="identical curves (Figures 4 and 5)",
@@ -209,11 +209,14 @@ def test_convergence(arm, seeds, evidence):
     eps = 2.0**-4 if arm.control else EPS
     pretrained, tuned = [], []
     for seed in seeds(8):
-        exact = train(seed, text, 60)
-        filtered = train(seed, text, 60, filter_eps=eps, filter_c=False)
+        exact = train(seed, text, 80)
+        filtered = train(seed, text, 80, filter_eps=eps, filter_c=False)
         pretrained.append(evaluate(filtered, unseen) - evaluate(exact, unseen))
-        tuned_exact, tuned_filtered = (train(seed, other, 30, exact, filter_eps=one) for one in (None, eps))
+        tuned_exact, tuned_filtered = (train(seed, other, 40, exact, filter_eps=one) for one in (None, eps))
         tuned.append(evaluate(tuned_filtered, other_unseen) - evaluate(tuned_exact, other_unseen))
+    places = torch.arange(2, 514)
+    kept = kept_blocks(embed(tuned_filtered, other, places), tuned_filtered[2], other[places], eps)
+    evidence.record("blocks skipped at the end", 100 * (1 - kept.double().mean().item()), "%")
     evidence.require("loss after pre-training beyond the exact one's", mean_interval(pretrained), below=0.02, unit="nats")
     evidence.require("loss after fine-tuning beyond the exact one's", mean_interval(tuned), below=0.02, unit="nats")
 
@@ -222,23 +225,23 @@ def test_convergence(arm, seeds, evidence):
 @claim(
     "The loss and its gradients are not slower than from the full logits.",
     scale="reduced",
-    differs="the CPU body: 512 tokens, 16,384 words, 256 dimensions, float32, one thread; the paper's speed is a GPU's",
-    control="the tile has shrunk to 16 x 64, too small to use the processor",
+    differs="the CPU body: 512 tokens, 8,192 words, 256 dimensions, float32, one thread; the paper's speed is a GPU's",
+    control="the tile has shrunk to 32 x 128, too small to use the processor",
     central=False,
 )
 def test_speed_on_a_cpu(arm, rng, evidence):
-    (e, c), targets = random_problem(rng, 512, 16_384, 256)
+    (e, c), targets = random_problem(rng, 512, 8192, 256)
 
     def step(loss):
         e.grad = c.grad = None
         loss(e, c, targets).backward()
 
-    ours = partial(linear_cross_entropy, tile=(16, 64) if arm.control else None)
+    ours = partial(linear_cross_entropy, tile=(32, 128) if arm.control else None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         variants = {"full logits": partial(step, lambda e, c, t: F.cross_entropy(e @ c.T, t)), "ours": partial(step, ours)}
-        times = interleaved(variants, rounds=9, rng=rng, warmup=1)
+        times = interleaved(variants, rounds=15, rng=rng, warmup=1)
     finally:
         torch.set_num_threads(threads)
     evidence.require("time over that of full logits", times.ratio("ours", "full logits"), below=1.05)
@@ -327,7 +330,7 @@ def train(seed, text, steps, start=None, **settings):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         places = torch.randint(2, len(text), (128,), generator=generator)
-        loss = linear_cross_entropy(embed(model, text, places), model[2], text[places], tile=(128, 512), **settings)
+        loss = linear_cross_entropy(embed(model, text, places), model[2], text[places], tile=(128, 256), **settings)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

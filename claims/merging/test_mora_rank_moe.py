@@ -160,7 +160,7 @@ def forgetting(accuracies):
     return (accuracies.max(1) - accuracies[:, -1])[:, :-1].mean(-1)
 
 
-@inconclusive("about one point better on average and not more than the seeds vary; scrambled gates do nearly as well")
+@inconclusive("ahead by something like a point, which 24 seeds cannot tell from less than a point")
 @claim(
     "With as many active ranks, rank-1 experts that activate themselves end up more accurate and forget less than LoRA adapters "
     "behind a router: by a point at least.",

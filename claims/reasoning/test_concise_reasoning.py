@@ -9,15 +9,14 @@ import copy
 import functools
 
 import numpy as np
-import pytest
 import torch
 
 from paperclaims.fixtures.models import arithmetic_reasoner as toy
-from paperclaims.fixtures.protocol import claim, inconclusive, not_reproduced
+from paperclaims.fixtures.protocol import claim, not_reproduced
 from paperclaims.fixtures.statistics import mean_interval, paired_difference
-from paperclaims.impl.reasoning.concise_reasoning import early_stop, preference_pairs, sft_loss, simpo_loss
+from paperclaims.impl.reasoning.concise_reasoning import early_stop, preference_pairs, simpo_loss
 
-PROBLEMS, BLOCKS, TAU = 12_000, 20, 0.7
+PROBLEMS, TRAINING, HELD_OUT, BLOCKS, TAU = 12_000, 1_200, 5_000, 20, 0.7
 FIRST_MODEL = 300  # those before served to choose the set-up
 DIFFERS = "a two-layer transformer on modular arithmetic instead of 7B models on mathematics"
 
@@ -116,7 +115,7 @@ def problems_from(seed, n):
 @functools.cache
 def concise(number, given_from, seed, tau, phrase):
     """Chains written with the phrase injected and stopped at confidence tau: rows of tokens and places, and which are right."""
-    given = problems_from(given_from, 1200)
+    given = problems_from(given_from, TRAINING)
     chains = toy.sample(toy.load(number), given, seed, limit=64, inject=phrase)
     candidate = torch.arange(chains.answers.shape[1]) < torch.tensor(chains.thoughts)[:, None]
     stop = early_stop(torch.tensor(chains.forced.max(-1)), candidate, tau).numpy()
@@ -134,48 +133,39 @@ def concise(number, given_from, seed, tau, phrase):
 
 @functools.cache
 def whole_chains(number, given_from, seed):
-    return toy.sample(toy.load(number), problems_from(given_from, 4000), seed, limit=64)
+    return toy.sample(toy.load(number), problems_from(given_from, HELD_OUT), seed, limit=64)
 
 
 def padded(rows, fill):
     return torch.tensor([[*row, *[fill] * (max(map(len, rows)) - len(row))] for row in rows])
 
 
+@not_reproduced("chains shrink to about half, but accuracy falls by 7 to 11 points; smaller learning rates give up both")
 @claim(
-    "Fine-tuned on its own ConCISE chains, the model writes chains of at most 0.6 of their length at nearly unchanged accuracy.",
+    "SimPO on its own ConCISE chains makes the model write chains of at most 0.6 of their length at nearly unchanged accuracy.",
     scale="mechanism",
     control="tau above 1 (never confident) and the neutral phrase instead of the one of confidence; as many chains and steps",
-    differs=DIFFERS + "; learning rates from 5e-5 to 1e-3, with SFT at 3e-4 and SimPO at 1e-4 the best on another model",
+    differs=DIFFERS + "; first answers are right in 62 %, whole chains in 69 %; learning rate among 5e-5 to 1e-3 on other models",
     control_breaks="length, against before",
     paper_value="length cut by up to about 50 % under SimPO at high accuracy",
 )
-@pytest.mark.parametrize(
-    "objective",
-    [
-        pytest.param("sft", marks=inconclusive("chains shrink to a third; what accuracy loses is not clearly below 3 points")),
-        pytest.param("simpo", marks=not_reproduced("at no learning rate tried did chains shrink without a loss of accuracy")),
-    ],
-)
-def test_fine_tuning_shortens_the_chains(arm, objective, evidence, seeds, pytestconfig):
+def test_simpo_shortens_the_chains(arm, evidence, seeds, pytestconfig):
     number, (train, own, short, held_out, test, batches) = FIRST_MODEL + pytestconfig.option.seed, seeds(6)
-    given, fresh = problems_from(train, 1200), problems_from(held_out, 4000)
+    given, fresh = problems_from(train, TRAINING), problems_from(held_out, HELD_OUT)
     original = concise(number, train, own, 1.0, None)
     shorter = concise(number, train, short, 1.0 if arm.control else TAU, toy.WELL if arm.control else toy.SURE)
     chosen = np.array([row for row, _, _ in preference_pairs(shorter[0], original[0], shorter[2], original[2])])
     tuned, rng = copy.deepcopy(toy.load(number)).requires_grad_(True), np.random.default_rng(batches)
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=3e-4 if objective == "sft" else 1e-4, weight_decay=0.0)
-    for _ in range(40 if objective == "sft" else 30):
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-4, weight_decay=0.0)
+    for _ in range(30):
         batch = rng.choice(chosen, 48)
         operations = torch.tensor(given.operations[batch])
         scores = []
-        for tokens, places, _ in [shorter] if objective == "sft" else [shorter, original]:
+        for tokens, places, _ in (shorter, original):
             tokens = padded([tokens[row] for row in batch], toy.PAD)
             found = toy.log_probabilities(tuned, operations, tokens, padded([places[row] for row in batch], 0))
             scores.append((found, tokens[:, 1:] != toy.PAD))
-        if objective == "sft":
-            loss = sft_loss(*scores[0])
-        else:
-            loss = simpo_loss(*(found.sum(1) for found, _ in scores), *(written.sum(1) for _, written in scores))
+        loss = simpo_loss(*(found.sum(1) for found, _ in scores), *(written.sum(1) for _, written in scores))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
