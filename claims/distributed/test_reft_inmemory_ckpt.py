@@ -255,7 +255,8 @@ def test_any_one_node_comes_back(arm, rng, evidence):
 
 @claim(
     "With a second, Reed-Solomon parity any two nodes of a sharding group come back, and with a third any three.",
-    scale="paper",
+    scale="reduced",
+    differs="the paper has one parity; more of them are ours",
     control="one parity less: XOR alone, or two where three nodes go",
     control_breaks=("losses of two of 4 processes recovered", "losses of two and three nodes recovered, groups of 4 to 8"),
     central=False,
@@ -276,10 +277,9 @@ def test_any_two_nodes_come_back_with_reed_solomon(arm, rng, evidence):
 @pytest.mark.serial
 @claim(
     "A snapshot, 1/m of the state copied into shared memory and its parity, takes less than 1/m of the time of a checkpoint on "
-    "disk: sharding and the medium both count.",
+    "disk.",
     scale="reduced",
-    differs="32 MiB and m = 4 on one machine without GPUs; against torch.save with fsync, not an asynchronous checkpoint, "
-    "whose copy of the full state is given beside it",
+    differs=f"32 MiB and m = 4 without GPUs; {ONE_MACHINE}; against torch.save with fsync, not an asynchronous checkpoint",
     control="the full state goes to the disk, as in the baseline: neither sharded nor in memory",
     paper_value="over 14 times faster than asynchronous checkpointing",
 )
@@ -292,7 +292,6 @@ def test_snapshots_are_faster_than_checkpoints(arm, rng, tmp_path, evidence):
         for rank, memory in enumerate(memories):
             memory.save(0, state, ranks, rank)
             memory.save(1, state, ranks, rank)
-        whole = np.zeros(sum(tensor.nbytes for tensor in state.values()), dtype=np.uint8)
 
         def shard():
             memories[0].save(1, state, ranks, 0)
@@ -311,13 +310,42 @@ def test_snapshots_are_faster_than_checkpoints(arm, rng, tmp_path, evidence):
             "method": checkpoint if arm.control else snapshot,
             "checkpoint": checkpoint,
             "shard without parity": shard,
-            "full state into memory": lambda: reft.copy_shard(state, 1, 0, whole),
         }
         timings = interleaved(timed, rounds=rounds, rng=rng)
     evidence.require("time of a checkpoint over that of the method", timings.ratio("checkpoint", "method"), above=ranks, unit="x")
     for name in timed:
         evidence.record(name, 1e3 * timings.median(name).estimate, "ms")
-    evidence.record("full state into memory over the method", timings.ratio("full state into memory", "method"), "x")
+
+
+@pytest.mark.serial
+@claim(
+    "Sharding counts on the same medium: a rank's snapshot, parity included, takes less time than a copy of the full state into "
+    "memory, which is what an asynchronous checkpoint makes training wait for.",
+    scale="reduced",
+    differs=f"32 MiB and m = 4 without GPUs; {ONE_MACHINE}",
+    control="sharding off: each rank copies the full state, and the parity covers it",
+    paper_value="over 14 times faster than asynchronous checkpointing",
+)
+def test_sharded_snapshots_are_faster_than_full_copies(arm, rng, evidence):
+    nodes, rounds = 4, 41
+    ranks = 1 if arm.control else nodes
+    state = {f"layer {i}": torch.from_numpy(rng.standard_normal((2, 1 << 20), dtype=np.float32)) for i in range(4)}
+    layout = reft.stripes(nodes)
+    with reft.Cluster(nodes, max(shard_lengths(state, ranks))) as cluster:
+        memories = [cluster.memory(node) for node in range(nodes)]
+        for node, memory in enumerate(memories):
+            memory.save(0, state, ranks, node % ranks)
+        whole = np.zeros(sum(tensor.nbytes for tensor in state.values()), dtype=np.uint8)
+
+        def snapshot():
+            memories[0].save(0, state, ranks, 0)
+            memories[0].encode(0, 0, memories, layout)
+
+        timed = {"snapshot": snapshot, "full copy": lambda: reft.copy_shard(state, 1, 0, whole)}
+        timings = interleaved(timed, rounds=rounds, rng=rng)
+    evidence.require("time of a full copy over that of a snapshot", timings.ratio("full copy", "snapshot"), above=1, unit="x")
+    for name in timed:
+        evidence.record(name, 1e3 * timings.median(name).estimate, "ms")
 
 
 def stage_on_meta(hidden, layers, vocabulary, tensor, pipeline):
@@ -381,7 +409,7 @@ def recoverable(rng, nodes, parity):
 def group_masks(rng, draws, groups, nodes, failure, together):
     """Groups that lose nodes: their draw, and which nodes as a bit mask. Units of `together` neighbours fail as one."""
     units = nodes // together
-    places = np.cumsum(rng.geometric(failure, int(draws * groups * units * failure * 1.1)))
+    places = np.cumsum(rng.geometric(failure, int(draws * groups * units * failure * 1.1))) - 1
     places = places[places < draws * groups * units]
     group, which = np.unique(places // units, return_inverse=True)
     bits = ((1 << together) - 1) << (together * (places % units))
@@ -441,7 +469,8 @@ def test_two_parities_beat_a_copy_for_fewer_bytes(arm, rng, evidence):
 
 @claim(
     "A cheaper save pays through more frequent snapshots: the best interval and the time lost both fall with its square root.",
-    scale="paper",
+    scale="reduced",
+    differs="a model with failures at a constant rate; rate and times of a save are chosen here, the 14-fold is not measured",
     control="the interval stays at what suits the slow save",
     control_breaks=("exponent of the interval", "exponent of the time lost"),
     paper_value="saving over 14 times faster; by Young's formula sqrt(14) = 3.7 times less time lost",

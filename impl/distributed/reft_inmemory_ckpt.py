@@ -90,9 +90,11 @@ def load_state(shards: Sequence[np.ndarray], state: Mapping[str, object]) -> Non
     """Write the bytes of all ranks' shards, in order, back into a state of the same names, shapes and dtypes.
 
     Raises:
-        ValueError: another number of bytes than the state has.
+        ValueError: another number of bytes than the state has, or shards that are not uint8.
     """
-    data = np.concatenate([np.asarray(shard, dtype=np.uint8) for shard in shards])
+    if any(shard.dtype != np.uint8 for shard in shards):
+        raise ValueError("shards must be uint8")
+    data = np.concatenate(shards)
     if data.size != sum(tensor.nbytes for tensor in state.values()):
         raise ValueError(f"{data.size} bytes do not fill this state")
     offset = 0
@@ -277,7 +279,13 @@ def rebuild_node(images: Sequence[np.ndarray | None], node: int, out: np.ndarray
 
 
 def block_bytes(shard_bytes: int, nodes: int, parity: int) -> int:
-    """Bytes of a block when a node's shard is split into n - m of them, a whole number of cache lines."""
+    """Bytes of a block when a node's shard is split into n - m of them, a whole number of cache lines.
+
+    Raises:
+        ValueError: not 0 <= parity < nodes, or a negative size.
+    """
+    if not 0 <= parity < nodes or shard_bytes < 0:
+        raise ValueError(f"needs 0 <= parity < nodes and shard_bytes >= 0, got {parity}, {nodes} and {shard_bytes}")
     return -(-shard_bytes // ((nodes - parity) * ALIGN)) * ALIGN
 
 
@@ -305,7 +313,11 @@ class NodeMemory:
             if create:
                 nodes, _, block = create
                 size = self.HEADER + 2 * nodes * block
-                os.posix_fallocate(file.fileno(), 0, size)  # otherwise a full memory file system kills the writer by SIGBUS
+                try:
+                    os.posix_fallocate(file.fileno(), 0, size)  # otherwise a full memory file system kills the writer by SIGBUS
+                except OSError:
+                    self.path.unlink()
+                    raise
             raw = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint8)
         self.header = raw[: self.HEADER].view(np.int64)
         if create:
@@ -339,7 +351,12 @@ class NodeMemory:
         """Snapshot a rank's shard of `state` over the older slot; it counts from the last instruction on.
 
         What is there of this step or a later one, from before a failure, is dropped: it may not match the other ranks'.
+
+        Raises:
+            ValueError: a negative step (-1 says that there is none), or a shard that does not fit.
         """
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
         self.saved[self.saved[:, 0] >= step] = -1
         slot = int(np.argmin(self.steps))
         self.saved[slot] = -1
@@ -576,6 +593,9 @@ def best_interval(save: float, rate: float) -> float:
 
     if not (save > 0 and rate > 0):
         raise ValueError(f"needs save, rate > 0, got {save}, {rate}")
+    branch = sqrt(-2 * expm1(-rate * save))
+    if branch < 1e-3:  # too near to the branch point of W for its argument in floating point: the series there
+        return (branch - branch**2 / 3 + 11 * branch**3 / 72) / rate
     return (1 + float(lambertw(-exp(-1 - rate * save)).real)) / rate
 
 

@@ -207,7 +207,7 @@ def overthinking_stop(answered: Tensor, equivalent: Tensor, agreeing: int = 2) -
     run = torch.zeros(answered.shape[:-1], dtype=torch.long, device=answered.device)
     stop = torch.full_like(run, answered.shape[-1])
     for i in range(answered.shape[-1]):
-        grown = torch.where(equivalent[..., i] & (run > 0), run + 1, 1)
+        grown = torch.where(equivalent[..., i], run + 1, 1)
         run = torch.where(answered[..., i], grown, run)
         stop = torch.where(answered[..., i] & (run >= agreeing) & (stop > i), i, stop)
     return stop

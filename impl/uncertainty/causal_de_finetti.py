@@ -110,7 +110,8 @@ def conditional_mutual_information(
         Shape of the leading axes; zero up to rounding (of either sign, some 1e-16) where the independence holds.
 
     Raises:
-        ValueError: sets that overlap, an empty side, a variable out of range, or negative or non-finite probabilities.
+        ValueError: sets that overlap, an empty side, a variable out of range, or values that are no probabilities: negative,
+            not finite, or a sum off 1 by more than 0.001 (counts, say).
     """
     named = (*left, *right, *given)
     if len(set(named)) != len(named) or not left or not right:
@@ -119,13 +120,16 @@ def conditional_mutual_information(
         raise ValueError(f"variables must be among the {variables} trailing axes of {tuple(joint.shape)}, got {named}")
     if not bool((joint >= 0).all() & joint.isfinite().all()):
         raise ValueError("probabilities must be finite and not negative")
+    total = joint.sum(list(range(-variables, 0)))
+    if not torch.allclose(total, torch.ones_like(total), atol=1e-3):
+        raise ValueError("probabilities must sum to 1")
 
     def marginal(kept: tuple[int, ...]) -> Tensor:
         dropped = [axis - variables for axis in range(variables) if axis not in kept]
         return joint.sum(dropped, keepdim=True) if dropped else joint
 
     p, p_left, p_right, p_given = marginal(named), marginal((*left, *given)), marginal((*right, *given)), marginal(given)
-    terms = torch.xlogy(p, p * p_given) - torch.xlogy(p, p_left * p_right)
+    terms = torch.xlogy(p, p) + torch.xlogy(p, p_given) - torch.xlogy(p, p_left) - torch.xlogy(p, p_right)
     return terms.sum(list(range(-variables, 0)))
 
 
@@ -140,9 +144,11 @@ def contingency_table(values: Tensor, levels: int = 2) -> Tensor:
         float64 counts, shape (..., levels, ..., levels) with V axes of length `levels`.
 
     Raises:
-        ValueError: floating-point values, values out of range, no variables.
+        ValueError: values that are not integers or out of range, no variables, no levels.
     """
-    if values.is_floating_point() or values.ndim < 2 or values.shape[-1] == 0:
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
+    if values.is_floating_point() or values.is_complex() or values.ndim < 2 or values.shape[-1] == 0:
         raise ValueError(f"values must be integers of shape (..., E, V), got {values.dtype} {tuple(values.shape)}")
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < levels:
         raise ValueError(f"values must lie in [0, {levels})")
@@ -273,8 +279,6 @@ def recover_graphs(samples: Tensor, alpha: float = 0.05, levels: int = 2, force_
     _check(samples)
     if samples.ndim != 4:
         raise ValueError(f"samples must be (G, E, 2, V), got {tuple(samples.shape)}")
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
     graphs, _, _, variables = samples.shape
     table = contingency_table(samples.flatten(-2), levels)
 
@@ -313,7 +317,12 @@ def recover_graph(
 
     Returns:
         Directed edges (j, k), j -> k.
+
+    Raises:
+        ValueError: alpha outside (0, 1).
     """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
     layers, left = [], frozenset(range(variables))
     while left:
         worst = {i: min((across(i, k, left - {i}) for k in left - {i}), default=1.0) for i in left}

@@ -102,12 +102,14 @@ def default_tile(n: int, v: int, d: int, itemsize: int, form: bool, filtered: bo
     """Tokens and words of a tile of logits, for n tokens, v words and d dimensions of `itemsize` bytes.
 
     On a GPU a tile lies in registers. Where the PyTorch body forms gradients in the forward pass, the logits kept, tokens x v,
-    take at most 3/8 of the gradients' own bytes. A filter wants small blocks.
+    take at most 3/8 of the gradients' own bytes, or 4 MiB. A filter wants small blocks.
     """
     if backend == "triton":
         return (128, 128) if itemsize < 4 else (64, 64)
     if form:
-        return min(max(int(0.375 * (n + v) * d * itemsize / (v * max(itemsize, 4))) // 16 * 16, 16), 512), 4096
+        room = max(0.375 * (n + v) * d * itemsize, 2**22)
+        tokens = min(max(int(room / (v * max(itemsize, 4))) // 16 * 16, 16), 512)
+        return (min(tokens, 128), 256) if filtered else (tokens, 4096)
     return (128, 256) if filtered else (2048, 1024)
 
 

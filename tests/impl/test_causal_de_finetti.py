@@ -104,6 +104,11 @@ def test_conditional_mutual_information_against_loops():
     torch.testing.assert_close(unconditional, expected)
 
 
+def test_conditional_mutual_information_of_rare_outcomes():
+    joint = torch.tensor([[1e-200, 1e-190], [1e-180, 1.0]], dtype=torch.float64)
+    assert abs(conditional_mutual_information(joint, (0,), (1,), variables=2)) < 1e-150
+
+
 def test_contingency_table_counts():
     values = np.random.default_rng(0).integers(0, 3, (4, 50, 3))
     expected = np.zeros((4, 3, 3, 3))
@@ -238,7 +243,11 @@ def test_recover_graph_without_a_sink():
         lambda: conditional_mutual_information(torch.ones(2, 2), (0,), (1,), variables=3),
         lambda: conditional_mutual_information(torch.full((2, 2), torch.nan), (0,), (1,), variables=2),
         lambda: conditional_mutual_information(-torch.ones(2, 2), (0,), (1,), variables=2),
+        lambda: conditional_mutual_information(torch.ones(2, 2), (0,), (1,), variables=2),
+        lambda: conditional_mutual_information(torch.tensor([[0.5, 0.5], [-0.5, 0.5]]), (0,), (1,), variables=2),
         lambda: contingency_table(torch.zeros(3, 2)),
+        lambda: contingency_table(torch.zeros(0, 2, dtype=torch.long), 0),
+        lambda: contingency_table(torch.zeros(3, 2, dtype=torch.complex64)),
         lambda: contingency_table(torch.zeros(3, dtype=torch.long)),
         lambda: contingency_table(torch.full((3, 2), 2)),
         lambda: contingency_table(torch.full((3, 2), -1)),
@@ -254,6 +263,7 @@ def test_recover_graph_without_a_sink():
         lambda: recover_graphs(torch.zeros(5, 2, 3, dtype=torch.long)),
         lambda: recover_graphs(torch.zeros(1, 5, 3, 3, dtype=torch.long)),
         lambda: recover_graphs(torch.zeros(1, 5, 2, 3, dtype=torch.long), alpha=1.0),
+        lambda: recover_graph(lambda i, k, others: 1.0, lambda j, k, given: 1.0, 2, alpha=0.0),
     ],
 )
 def test_bad_input_is_refused(call):

@@ -43,6 +43,8 @@ def test_simpo_defaults_and_extremes():
     one = torch.ones(1, dtype=torch.float64)
     assert simpo_loss(-one, -one, one, one).item() == pytest.approx(math.log1p(math.e), rel=1e-12)
     assert simpo_loss(-3 * one, -5 * one, one, one).item() == pytest.approx(math.log1p(math.exp(-3)), rel=1e-12)
+    assert simpo_loss(0 * one, -one, one, one, gamma=0.0).item() == pytest.approx(math.log1p(math.exp(-2)), rel=1e-12)
+    assert simpo_loss(-one, 0 * one, one, one, gamma=0.0).item() == pytest.approx(math.log1p(math.exp(2)), rel=1e-12)
     assert simpo_loss(-1e6 * one, -one, one, one).item() == pytest.approx(2e6 - 2 + 1)
 
 
@@ -108,6 +110,7 @@ def test_a_phrase_goes_before_each_step_and_a_confident_answer_stops():
     assert write(text, sure={2}, phrase=()) == (["a", ".", "b", "=", ".", "so"], 0, True)
     assert write(text, limit=4) == (["sure", "a", ".", "sure", "b"], 2, False)
     assert write(text, limit=1).tokens == ["sure", "a"]
+    assert write("a b c d", phrase=(), limit=3).tokens == ["a", "b", "c"]
 
 
 def test_confidence_is_the_probability_of_the_confident_tokens():
@@ -137,6 +140,7 @@ def test_pairs_are_those_where_both_chains_are_right():
 
 def test_bad_input_is_refused():
     w, l, wn, ln = pairs()
+    one = torch.tensor([1, 0, 0, 0, 0, 0])
     nan = w.clone()
     nan[0] = torch.nan
     yes = torch.ones(2, dtype=torch.bool)
@@ -147,13 +151,14 @@ def test_bad_input_is_refused():
         lambda: simpo_loss(w, l, wn, ln[:2]),
         lambda: simpo_loss(nan, l, wn, ln),
         lambda: simpo_loss(w, nan, wn, ln),
-        lambda: simpo_loss(-w, l, wn, ln),
-        lambda: simpo_loss(w, -l, wn, ln),
-        lambda: simpo_loss(w, l, wn * 0, ln),
-        lambda: simpo_loss(w, l, wn, ln * 0),
+        lambda: simpo_loss(w + 100 * one, l, wn, ln),
+        lambda: simpo_loss(w, l + 100 * one, wn, ln),
+        lambda: simpo_loss(w, l, wn * (1 - one), ln),
+        lambda: simpo_loss(w, l, wn, ln * (1 - one)),
         lambda: simpo_loss(w, l, wn, ln, beta=0.0),
         lambda: simpo_loss(w, l, wn, ln, beta=math.nan),
         lambda: simpo_loss(w, l, wn, ln, gamma=-1.0),
+        lambda: simpo_loss(w + 60, l, wn, ln),
         lambda: simpo_loss(w, l, wn, ln, reduction="max"),
         lambda: sft_loss(w, yes),
         lambda: sft_loss(w[:2], ~yes),

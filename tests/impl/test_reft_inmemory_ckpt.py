@@ -260,6 +260,11 @@ def test_memory_that_is_not_there(tmp_path):
     reft.NodeMemory(tmp_path / "node", create=(2, 1, 64))
     with pytest.raises(FileExistsError):
         reft.NodeMemory(tmp_path / "node", create=(2, 1, 64))
+    with pytest.raises(OSError):  # noqa: PT011 - no space, or too large a file, by file system
+        reft.NodeMemory(tmp_path / "large", create=(2, 1, 1 << 58))
+    assert not (tmp_path / "large").exists()
+    with pytest.raises(ValueError, match="negative"):
+        reft.NodeMemory(tmp_path / "node").save(-1, {"a": np.zeros(1)}, 1, 0)
 
 
 def test_memory_goes_where_there_is_room():
@@ -401,6 +406,14 @@ def test_best_interval_is_the_minimum(save):
     assert reft.young_interval(2.0, 0.25) == 4.0
 
 
+def test_best_interval_of_a_save_that_costs_almost_nothing():
+    """The condition of the minimum, (1 - u) exp(u) = exp(-save) at rate 1, solved as a series: save = u^2 / 2 + u^3 / 3 + ..."""
+    for save in (1e-30, 1e-18, 1e-10, 4.9e-7, 5.1e-7):
+        best = reft.best_interval(save, 1.0)
+        assert sum(best**power / power for power in range(2, 9)) == pytest.approx(save, rel=1e-8)
+        assert reft.best_interval(save / 5, 5.0) == pytest.approx(best / 5, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -413,6 +426,11 @@ def test_best_interval_is_the_minimum(save):
         lambda: reft.copy_shard({"a": np.zeros(9)}, 1, 0, np.zeros((2, 72), dtype=np.uint8)),
         lambda: reft.load_state([np.zeros(71, dtype=np.uint8)], {"a": np.zeros(9)}),
         lambda: reft.load_state([np.zeros(73, dtype=np.uint8)], {"a": np.zeros(9)}),
+        lambda: reft.load_state([np.zeros(72)], {"a": np.zeros(9)}),
+        lambda: reft.block_bytes(64, 2, 2),
+        lambda: reft.block_bytes(64, 2, -1),
+        lambda: reft.block_bytes(-1, 2, 1),
+        lambda: reft.Cluster(2, 64, parity=2),
         lambda: reft.generator_matrix(0, 1),
         lambda: reft.generator_matrix(2, -1),
         lambda: reft.generator_matrix(254, 3),

@@ -56,6 +56,8 @@ def test_thoughts_open_at_reflection_tokens_and_short_ones_merge():
     assert split_thoughts(chain, {WAIT}, minimum=5) == [range(0, 8), range(8, 9)]
     assert split_thoughts([WAIT, "a"], {WAIT}) == [range(0, 2)]
     assert split_thoughts([], {WAIT}) == []
+    assert split_thoughts(["a", WAIT, "b"], {WAIT}) == [range(0, 1), range(1, 3)]
+    assert split_thoughts(["a", "b", "c", "Wait", "d", "Wait", "e"], {WAIT}, minimum=3) == [range(0, 3), range(3, 7)]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_recorded_chains_stop_where_the_watcher_stops(agreeing):
     assert overthinking_stop(answered[None], equivalent[None], agreeing).tolist() == [expected]
 
 
-def brute_force(start, transition, agreeing, false_positive, false_negative, lengths, horizon=14):
+def brute_force(start, transition, agreeing, false_positive, false_negative, lengths, horizon=50):
     """Law of the stop by walking every path of answers and verdicts: (thoughts, tokens, answers, mass that has stopped)."""
     m = len(start)
     alive = {(a, 1, float(lengths[a]), 1): float(start[a]) for a in range(m)}
@@ -186,7 +188,7 @@ def brute_force(start, transition, agreeing, false_positive, false_negative, len
     return thoughts, tokens, answers, stopped
 
 
-@pytest.mark.parametrize("agreeing", [1, 2, 3])
+@pytest.mark.parametrize("agreeing", [1, 2, 3, 4])
 def test_the_closed_form_equals_the_sum_over_all_paths(agreeing):
     start = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
     transition = torch.tensor([[0.95, 0.03, 0.02], [0.05, 0.9, 0.05], [0.1, 0.04, 0.86]], dtype=torch.float64)
@@ -205,6 +207,9 @@ def test_the_closed_form_knows_independent_answers():
     law = stopping_law(half, half.expand(2, 2), 2, lengths=torch.tensor([4.0, 4.0], dtype=torch.float64))
     assert law.thoughts.item() == pytest.approx(3.0)
     assert law.tokens.item() == pytest.approx(12.0)
+    always = stopping_law(half, half.expand(2, 2), 4, false_positive=1.0, lengths=half)
+    never_same = stopping_law(half, half.expand(2, 2), 2, false_positive=1.0, false_negative=1.0, lengths=half)
+    assert (always.thoughts.item(), never_same.thoughts.item()) == (pytest.approx(4.0), pytest.approx(3.0))
     three = stopping_law(half, half.expand(2, 2), 3, lengths=half)
     assert three.thoughts.item() == pytest.approx(7.0)
 
@@ -221,9 +226,9 @@ def test_the_closed_form_has_gradients():
 def test_the_decision_is_the_larger_of_yes_and_no():
     assert affirms(torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, -1.0, 0.0])).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="NaN"):
-        affirms(torch.tensor([torch.nan]), torch.tensor([0.0]))
+        affirms(torch.tensor([torch.nan, 1.0]), torch.zeros(2))
     with pytest.raises(ValueError, match="NaN"):
-        affirms(torch.tensor([0.0]), torch.tensor([torch.nan]))
+        affirms(torch.zeros(2), torch.tensor([torch.nan, 1.0]))
     with pytest.raises(ValueError, match="shape"):
         affirms(torch.zeros(2), torch.zeros(3))
 

@@ -399,7 +399,9 @@ def test_default_tiles():
     tokens, _ = default_tile(2048, 32000, 512, 4, True, False, "torch")
     assert 16 <= tokens <= 512
     assert tokens * 32000 <= 0.375 * (2048 + 32000) * 512
-    assert default_tile(8, 256, 4, 4, True, False, "torch")[0] == 16
+    assert default_tile(8, 4096, 4, 4, True, False, "torch") == (256, 4096)  # 4 MiB
+    assert default_tile(8, 4096, 4, 4, True, True, "torch") == (128, 256)
+    assert default_tile(8, 10**6, 4, 4, True, False, "torch")[0] == 16
     assert default_tile(8192, 256000, 2304, 2, False, True, "triton") == (128, 128)
 
 
