@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from paperclaims.fixtures.data.tabular import digits
 from paperclaims.fixtures.measurement import fake_mode, peak_bytes_fake
 from paperclaims.fixtures.protocol import claim, inconclusive
-from paperclaims.fixtures.statistics import mean_interval, paired_difference, ratio_interval
+from paperclaims.fixtures.statistics import paired_difference, ratio_interval
 from paperclaims.impl.contrastive.barlow_twins import barlow_twins_loss, standardise
 
 TRAIN, LABELS, DRAWS = 1197, 5, 10
@@ -201,24 +201,25 @@ def test_small_batches_cost_less_than_with_info_nce(arm, seeds, evidence):
     evidence.require("what InfoNCE loses beyond Barlow Twins", paired_difference(lost_info_nce, lost), above=0.0, unit="points")
 
 
-@inconclusive("8 outputs already serve a 32-feature encoder for ten classes: what 64 add is within the noise, for both losses")
+@inconclusive(
+    "no gain that 8 seeds resolve; pooled over the suite's seeds 1 to 10 it is -0.3 points where InfoNCE gains 2.6, so 8 outputs "
+    "already serve a 32-feature encoder for ten classes"
+)
 @claim(
-    "Barlow Twins gains from an embedding wider than the encoder's output, and InfoNCE does not gain as much.",
+    "Barlow Twins gains from an embedding wider than the encoder's output.",
     scale="reduced",
     differs=f"{DIFFERS}; last layer of 8 and 64 for 16 to 16384, lambda tuned per width where the paper keeps it",
     control="a wide embedding whose columns are 8 copies of 8 columns: width without new dimensions",
-    control_breaks=("gain from width", "gain beyond InfoNCE's"),
-    paper_value="keeps improving up to 16384 outputs, SimCLR saturates (Figure 4)",
+    paper_value="keeps improving up to 16384 outputs, where SimCLR saturates (Figure 4)",
 )
 def test_wide_embeddings_help(arm, seeds, evidence):
     seeds = tuple(seeds(8))
     wide = replace(FULL, copies=8) if arm.control else FULL
     narrow, narrow_info_nce = replace(FULL, width=8, lr=0.03), replace(INFO_NCE, weight=0.5, lr=0.01, width=8)
-    gain = accuracy(wide, seeds) - accuracy(narrow, seeds)
-    gain_info_nce = accuracy(INFO_NCE, seeds) - accuracy(narrow_info_nce, seeds)
-    evidence.record("gain of InfoNCE", gain_info_nce.mean(), unit="points")
-    evidence.require("gain from width", mean_interval(gain), above=0.0, unit="points")
-    evidence.require("gain beyond InfoNCE's", paired_difference(gain, gain_info_nce), above=0.0, unit="points")
+    gain_info_nce = paired_difference(accuracy(INFO_NCE, seeds), accuracy(narrow_info_nce, seeds))
+    evidence.record("gain of InfoNCE from the same width", gain_info_nce, unit="points")
+    gain = paired_difference(accuracy(wide, seeds), accuracy(narrow, seeds))
+    evidence.require("gain from width", gain, above=0.0, unit="points")
 
 
 @claim(

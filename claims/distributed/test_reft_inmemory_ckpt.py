@@ -327,7 +327,7 @@ def test_snapshots_are_faster_than_checkpoints(arm, rng, tmp_path, evidence):
     paper_value="over 14 times faster than asynchronous checkpointing",
 )
 def test_sharded_snapshots_are_faster_than_full_copies(arm, rng, evidence):
-    nodes, rounds = 4, 41
+    nodes, rounds = 4, 81
     ranks = 1 if arm.control else nodes
     state = {f"layer {i}": torch.from_numpy(rng.standard_normal((2, 1 << 20), dtype=np.float32)) for i in range(4)}
     layout = reft.stripes(nodes)
