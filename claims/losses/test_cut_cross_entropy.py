@@ -40,7 +40,8 @@ def no_launch(kernel, grid, *arguments, **constants):
 
 
 @claim(
-    "The loss of 8,192 tokens over 256,000 words takes about a megabyte beyond its inputs, not the 24 GB of the full logits.",
+    "The loss of 8,192 tokens over 256,000 words allocates about a megabyte beyond its inputs in Triton, and at most 64 MB in "
+    "plain PyTorch, not the 24 GB of the full logits.",
     scale="paper",
     control="the tile of logits is all tokens by all words and lies in memory",
     control_breaks="memory of the loss",
@@ -65,7 +66,7 @@ def test_loss_memory(arm, body, limit, evidence):
 
 
 @claim(
-    "Loss and gradients together take little more than the gradients themselves, about 1.1 GB, not the 28 GB of the full logits.",
+    "Loss and gradients together take little more than the gradients themselves, about 1.2 GB, not the 28 GB of the full logits.",
     scale="paper",
     control="the gradients of the logits are held for all words at once",
     control_breaks="memory over the gradients' own",
@@ -133,21 +134,23 @@ def test_exactness(arm, weights, rng, evidence):
     x, w = e.double().requires_grad_(), c.double().requires_grad_()
     true = F.cross_entropy(x @ w.T, targets)
     true.backward()
-    loss, de, dc = gradients_of(e, c, targets, filter_eps=0.5 if arm.control else None, tile=(128, 256))
+    settings = {"tile": (128, 256), "gradients": "backward"}
+    loss, de, dc = gradients_of(e, c, targets, filter_eps=0.5 if arm.control else None, **settings)
     evidence.require("relative error of the loss", abs(loss - true.item()) / true.item(), below=1e-4)
     error = max(relative_error(de.double(), x.grad), relative_error(dc.double(), w.grad))
     evidence.require("relative error of the gradients", error, below=1e-4)
 
 
 @claim(
-    "A trained model's softmax is sparse: a few hundred words a token reach 2^-12, and they hold nearly all of the probability.",
+    "A trained model's softmax is sparse: fewer than 200 words a token reach 2^-12, and they hold over nine tenths of the "
+    "probability.",
     scale="reduced",
-    differs="SmolLM2-135M over 2,048 tokens of the King James Bible, not Gemma 2 (2B) over Alpaca",
+    differs="SmolLM2-135M (49,152 words) over 512 tokens of the King James Bible, not Gemma 2 (2B) over Alpaca",
     control="an untrained classifier, normal with standard deviation 0.02",
     control_breaks="probability in them",
     paper_value="under 0.02 % of 256,000 words, about 50 (section 4.3)",
 )
-def test_softmax_is_sparse(arm, rng, seeds, evidence):
+def test_softmax_is_sparse(arm, rng, evidence):
     count, held = [], []
     e, c, _ = language_model(rng, 512, trained=not arm.control)
     for tokens in e.split(64):
@@ -159,10 +162,10 @@ def test_softmax_is_sparse(arm, rng, seeds, evidence):
 
 
 @claim(
-    "What gradient filtering leaves out is below the numerical precision of the gradient.",
+    "What gradient filtering leaves out is at most a hundredth of the gradient beyond its label part, about what bfloat16 rounds off.",
     scale="reduced",
     differs="SmolLM2-135M over 512 tokens of the King James Bible, bfloat16 values in float32 arithmetic, blocks of 128 x 256",
-    control="an untrained classifier, whose probabilities all are below the filter's threshold and yet make the gradient",
+    control="an untrained classifier, whose probabilities nearly all are below the filter's threshold and yet make this part",
     control_breaks=("error of dE over its part not from the labels", "error of dC over its part not from the labels"),
 )
 def test_filtered_gradient(arm, rng, evidence):
@@ -212,40 +215,14 @@ def test_convergence(arm, seeds, evidence):
         exact = train(seed, text, 60)
         filtered = train(seed, text, 60, filter_eps=eps, filter_c=False)
         pretrained.append(evaluate(filtered, unseen) - evaluate(exact, unseen))
-        tuned_exact, tuned_filtered = (train(seed, other, 40, exact, filter_eps=one) for one in (None, eps))
+        tuned_exact = train(seed, other, 30, exact)
+        tuned_filtered = train(seed, other, 30, exact, tile=(128, 256), filter_eps=eps)
         tuned.append(evaluate(tuned_filtered, other_unseen) - evaluate(tuned_exact, other_unseen))
     places = torch.arange(2, 514)
     kept = kept_blocks(embed(tuned_filtered, other, places), tuned_filtered[2], other[places], eps)
     evidence.record("blocks skipped at the end", 100 * (1 - kept.double().mean().item()), "%")
-    evidence.require("loss after pre-training beyond the exact one's", mean_interval(pretrained), below=0.02, unit="nats")
-    evidence.require("loss after fine-tuning beyond the exact one's", mean_interval(tuned), below=0.02, unit="nats")
-
-
-@pytest.mark.serial
-@claim(
-    "The loss and its gradients are not slower than from the full logits.",
-    scale="reduced",
-    differs="the CPU body: 512 tokens, 8,192 words, 256 dimensions, float32, one thread; the paper's speed is a GPU's",
-    control="the tile has shrunk to 32 x 128, too small to use the processor",
-    central=False,
-)
-def test_speed_on_a_cpu(arm, rng, evidence):
-    (e, c), targets = random_problem(rng, 512, 8192, 256)
-
-    def step(loss):
-        e.grad = c.grad = None
-        loss(e, c, targets).backward()
-
-    ours = partial(linear_cross_entropy, tile=(32, 128) if arm.control else None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        variants = {"full logits": partial(step, lambda e, c, t: F.cross_entropy(e @ c.T, t)), "ours": partial(step, ours)}
-        times = interleaved(variants, rounds=15, rng=rng, warmup=1)
-    finally:
-        torch.set_num_threads(threads)
-    evidence.require("time over that of full logits", times.ratio("ours", "full logits"), below=1.05)
-    evidence.record("full logits over themselves", times.aa)
+    evidence.require("loss after pre-training beyond the exact one's", mean_interval(pretrained), below=0.01, unit="nats")
+    evidence.require("loss after fine-tuning beyond the exact one's", mean_interval(tuned), below=0.01, unit="nats")
 
 
 @pytest.mark.serial
@@ -274,7 +251,10 @@ def test_speed_on_a_gpu(arm, rng, evidence):
     variants = {"compiled": partial(step, compiled), "ours": partial(step, ours)}
     times = interleaved(variants, rounds=11, rng=rng)
     evidence.require("time over that of the compiled full logits", times.ratio("ours", "compiled"), below=1.2)
-    peaks = {name: peak_bytes_cuda(variant) for name, variant in variants.items()}
+    peaks = {}
+    for name, variant in variants.items():
+        e.grad = c.grad = None  # or those of the step before would count as held at the start
+        peaks[name] = peak_bytes_cuda(variant)
     evidence.require("memory over that of the compiled full logits", peaks["ours"] / peaks["compiled"], below=0.1)
     evidence.record("compiled over itself", times.aa)
 
@@ -335,6 +315,12 @@ def train(seed, text, steps, start=None, **settings):
         loss.backward()
         optimizer.step()
     return [weight.detach() for weight in model]
+
+
+@functools.cache
+def exactly_trained(seed):
+    """The baseline of both arms."""
+    return train(seed, bible_words()[0], 40)
 
 
 def evaluate(model, text):

@@ -7,6 +7,8 @@ differ. Every task trains 4 new ranks a layer with its own two labels; tests ask
 The rivals have the same 4 ranks a task, freeze them too, and get their router on top. Their router's rows for old experts are
 frozen as well, which forgets less than training them on. Learning rates (0.001 to 0.03) and the temperature were chosen on other
 seeds; 0.003 is where the final accuracy of either method is best or within the noise of it, and where both learn a task equally.
+The router's softmax has temperature 1. All adapters together add a point or two to what the backbone gets alone (recorded),
+so differences between methods are small here.
 """
 
 import functools
@@ -60,9 +62,8 @@ class Ranks:
         return (self.gates(layer, x) * (x @ keys.mT)) @ values.mT
 
     def active(self, layer, x):
-        """Adapter parameters that one input touches, on average: its experts', and all of the router's."""
-        experts = (self.gates(layer, x) > 0).sum(-1).double().mean().item()
-        return 2 * WIDTH * experts + len(self.tasks[layer]) * self.routed * WIDTH
+        """Parameters of the experts with a gate, for one input on average."""
+        return 2 * WIDTH * (self.gates(layer, x) > 0).sum(-1).double().mean().item()
 
 
 class RoutedRanks(Ranks):
@@ -160,13 +161,22 @@ def forgetting(accuracies):
     return (accuracies.max(1) - accuracies[:, -1])[:, :-1].mean(-1)
 
 
-@inconclusive("ahead by something like a point, which 24 seeds cannot tell from less than a point")
+def without_adapters(seeds):
+    """Accuracy of the backbone alone on the test images, mean over seeds."""
+    x, y, _, anchors, backbone = problem(seeds)
+    return 100 * ((features(x[:, TRAIN:], backbone) @ anchors).argmax(-1) == y[:, TRAIN:]).float().mean()
+
+
+@inconclusive(
+    "ahead by something like a point, which 24 seeds cannot tell from less than a point; the bar of a point is this suite's, and "
+    "all adapters together add little more than that to the backbone"
+)
 @claim(
     "With as many active ranks, rank-1 experts that activate themselves end up more accurate and forget less than LoRA adapters "
     "behind a router: by a point at least.",
     scale="reduced",
     differs=DIFFERS,
-    control="every expert is gated by the activation of another one: same budget, no self-activation",
+    control="activations shuffled over the experts, anew when the pool grows, before they gate: same budget, no self-activation",
     control_breaks=("gain in final accuracy", "forgetting avoided"),
     paper_value="lower forgetting than adapter-level LoRA-MoE (abstract)",
 )
@@ -174,6 +184,7 @@ def test_less_forgetting_than_adapters_behind_a_router(arm, seeds, evidence):
     seeds = tuple(seeds(SEEDS))
     ours, _, _ = learn(Ranks, seeds, scrambled=arm.control)
     rival, _, _ = learn(RoutedAdapters, seeds)
+    evidence.record("accuracy of the backbone alone", without_adapters(seeds), unit="%")
     for name, accuracies in (("ranks", ours), ("adapters behind a router", rival)):
         evidence.record(f"final accuracy, {name}", final(accuracies).mean(), unit="%")
         evidence.record(f"forgetting, {name}", forgetting(accuracies).mean(), unit="points")
@@ -184,7 +195,10 @@ def test_less_forgetting_than_adapters_behind_a_router(arm, seeds, evidence):
     evidence.require("forgetting avoided", avoided, above=1.0, unit="points")
 
 
-@not_reproduced("with equal granularity and the router's old rows frozen, both move the first task's features as far")
+@not_reproduced(
+    "did not hold here: self-activation moves the first task's features somewhat less, not half as far; the factor is "
+    "this suite's (the paper gives none), and the rival has rank-1 experts and frozen rows for old ones, not whole adapters"
+)
 @claim(
     "Self-activation keeps what was learned in place where routing degrades: on the first task's inputs, later tasks move the "
     "features at most half as far (squared, against what the first task taught) as with a router over the same rank-1 experts.",
@@ -205,7 +219,9 @@ def test_self_activation_drifts_less_than_a_router(arm, seeds, evidence):
 @claim(
     "Half the active adapter parameters of LoRA adapters behind a router are enough: the final accuracy stays within 2 points.",
     scale="reduced",
-    differs=f"{DIFFERS}; counted are experts with a gate, though all keys are read to choose them",
+    differs=f"{DIFFERS}; counted are experts with a gate, not the keys and the router read to choose them; the backbone alone is "
+    "within the margin as well",
+    central=False,
     control="no activation budget: every rank is active for every input",
     control_breaks="active parameters over the rival's",
     paper_value="fewer active parameters (abstract)",
@@ -214,6 +230,7 @@ def test_fewer_active_parameters(arm, seeds, evidence):
     seeds = tuple(seeds(SEEDS))
     ours, _, active = learn(Ranks, seeds, budget=RANK * TASKS if arm.control else RANK // 2)
     rival, _, active_rival = learn(RoutedAdapters, seeds)
+    evidence.record("accuracy of the backbone alone", without_adapters(seeds), unit="%")
     evidence.record("active adapter parameters a layer, ranks", active)
     evidence.record("active adapter parameters a layer, adapters behind a router", active_rival)
     evidence.require("active parameters over the rival's", active / active_rival, below=0.5)
@@ -221,7 +238,8 @@ def test_fewer_active_parameters(arm, seeds, evidence):
 
 
 @not_reproduced(
-    "self-activation multiplies the keys of all ranks to choose some: its cost grows with the pool, a router's hardly"
+    "self-activation multiplies the keys of all ranks to choose some: its cost grows with the pool, a router's hardly; the paper "
+    "claims fewer active parameters, not this, and against two active adapters of rank 64 it would hold at ten tasks"
 )
 @claim(
     "Fewer active ranks make the update cheaper: at the width of CLIP's ViT-B/16, with ten tasks of 16 ranks and 8 ranks active, "

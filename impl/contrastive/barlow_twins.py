@@ -152,7 +152,11 @@ def gram_redundancy(a: Tensor, b: Tensor) -> Tensor:
 
     Returns:
         Shape (...).
+
+    Raises:
+        ValueError: two shapes or dtypes.
     """
+    _check(a, b)
     diagonal = (a * b).sum(-2)
     return (((a @ a.mT) * (b @ b.mT)).sum((-2, -1)) - diagonal.square().sum(-1)) / a.shape[-2] ** 2
 
@@ -213,7 +217,9 @@ def barlow_twins_loss(z_a: Tensor, z_b: Tensor, lambd: float | Tensor = 5e-3, **
         Shape (...).
 
     Raises:
-        ValueError: as in `barlow_twins_terms`.
+        ValueError: as in `barlow_twins_terms`, or a number lambd that is negative or NaN.
     """
+    if not isinstance(lambd, Tensor) and not lambd >= 0:
+        raise ValueError(f"lambd must be at least 0, got {lambd}")
     invariance, redundancy = barlow_twins_terms(z_a, z_b, **options)
     return invariance + lambd * redundancy

@@ -59,7 +59,7 @@ def self_activated_gates(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    if budget is not None and budget < 1:
+    if budget is not None and not budget >= 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
     if threshold is not None and math.isnan(threshold):
         raise ValueError("threshold is NaN")

@@ -76,14 +76,14 @@ def linear_cross_entropy(
     `backward`, `torch.autograd.grad` and `torch.compile` work; `torch.func.grad`, forward mode and second derivatives do not
     pass through a registered operator: `paperclaims.impl.losses.cut_cross_entropy` has the plain differentiable form.
     """
-    if torch.is_autocast_enabled(e.device.type):
+    if torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:  # as autocast treats any product
         dtype = torch.get_autocast_dtype(e.device.type)
         e, c, bias = e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
     _check(e, c, targets, bias, softcap, label_smoothing, reduction, shift, accumulate, gradients, tile)
     backend = choose_backend(backend, e) if backend != "auto" or e.dtype != torch.float64 else "torch"
     form = _form_in_forward(e, gradients, backend, reduction, sort_vocabulary)
     eps = torch.finfo(e.dtype).eps / 32 if filter_eps == "auto" else filter_eps or 0.0
-    if isinstance(eps, str) or eps < 0:
+    if isinstance(eps, str) or not eps >= 0:
         raise ValueError(f"filter_eps is None, 'auto' or a number >= 0, got {filter_eps!r}")
     if shift:  # the last positions predict nothing
         targets = torch.cat([targets[..., shift:], torch.full_like(targets[..., :shift], ignore_index)], -1)
@@ -260,16 +260,19 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, *_):
-    """Scales the gradients formed in the forward pass, in place the first time, or computes them from tiles."""
+    """Scales the gradients formed in the forward pass, in place the first time, or computes them from tiles.
+
+    With `create_graph` always from tiles: that operator refuses a second derivative, where a scaled constant would lack it.
+    """
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     if grad is None:
         return (None,) * (len(ctx.settings) + 7)
-    if ctx.formed is None:
+    if ctx.formed is None or torch.is_grad_enabled():
         formed = _backward_operator(grad, *ctx.saved_tensors, *needs, *ctx.settings)
     elif type(grad) is Tensor:  # not while a graph is traced
-        formed, ctx.formed = [x.mul_(grad) for x in ctx.formed], None
+        formed, ctx.formed = [torch_body.scale_(x, grad) for x in ctx.formed], None
     else:
-        formed = [x * grad.to(x.dtype) for x in ctx.formed]
+        formed = [x * grad for x in ctx.formed]
     by_e, by_c, by_bias = (x if need else None for x, need in zip(formed, needs, strict=True))
     return by_e, by_c, None, by_bias, *[None] * (len(ctx.settings) + 3)
 

@@ -151,6 +151,15 @@ def inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
+def scale_(tensor: Tensor, scale: Tensor) -> Tensor:
+    """`tensor` times a scalar, in place; 16 bits by blocks of rows, since a GPU would round the scalar to 16 bits first."""
+    if tensor.dtype == _compute_dtype(tensor.dtype):
+        return tensor.mul_(scale)
+    for rows in blocks(len(tensor), 256):
+        tensor[rows] = _compute(tensor[rows]).mul_(scale)
+    return tensor
+
+
 class _RunningLoss:
     """Loss of a block of tokens while the tiles of its logits pass by."""
 
@@ -192,7 +201,7 @@ class _RunningSum:
         if self.lost is None and total.dtype == a.dtype:
             torch.addmm(total, a, b, out=total)
             return
-        summand = a @ b
+        summand = torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))  # with `out`, autocast leaves the product alone
         if self.lost is not None:
             summand -= self.lost[rows]
         rounded = (total + summand).to(self.dtype)
@@ -201,7 +210,7 @@ class _RunningSum:
         self.total[rows] = rounded
 
     def finish(self, scale: Tensor | None = None) -> Tensor:
-        return (self.total if scale is None else self.total.mul_(scale)).to(self.dtype)
+        return (self.total if scale is None else scale_(self.total, scale)).to(self.dtype)
 
 
 def _logits(x: Tensor, c: Tensor, bias: Tensor | None, words: slice, options: Options, buffer: Tensor) -> Tensor:

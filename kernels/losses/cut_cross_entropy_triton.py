@@ -19,7 +19,7 @@ from torch import Tensor
 
 from paperclaims.kernels.backend import Launch
 from paperclaims.kernels.backend import launch as start_kernel
-from paperclaims.kernels.losses.cut_cross_entropy_torch import Gradients, Options, inverse, vocabulary_order
+from paperclaims.kernels.losses.cut_cross_entropy_torch import Gradients, Options, inverse, scale_, vocabulary_order
 
 PROGRAMS = 512  # of the loss kernel, about four for each multiprocessor of a large GPU
 
@@ -30,6 +30,7 @@ def forward(
     """Loss and log-sum-exp of every token, each (n,), float32; an ignored token's loss is 0."""
     _check(e, options, launch)
     (n, d), v = e.shape, len(c)
+    targets, bias = _dense(targets), _dense(bias)
     blocks_n, blocks_v = triton.cdiv(n, options.tile_tokens), triton.cdiv(v, options.tile_words)
     parts = max(1, min(blocks_v, PROGRAMS // max(blocks_n, 1)))
     words = triton.cdiv(blocks_v, parts) * options.tile_words
@@ -74,6 +75,7 @@ def backward(
     """
     _check(e, options, launch)
     (n, d), v = e.shape, len(c)
+    targets, bias, lse, weights = (_dense(x) for x in (targets, bias, lse, weights))
     chunk = min(chunk or chunk_words(n, v, d, e.element_size(), options.accumulate), v)
     filtered = options.filter_eps > 0
     g = e.new_empty(n, chunk)
@@ -114,7 +116,7 @@ def backward(
             _product(g[:, :width], classifier, de, lost, skip, None, index, None, options, launch)
         if needs[2]:
             dbias[rows] = (g[:, :width].sum(0, dtype=torch.float32) * scale).to(dbias.dtype)
-    return Gradients(de.mul_(scale).to(e.dtype) if needs[0] else None, dc, dbias)
+    return Gradients(scale_(de, scale).to(e.dtype) if needs[0] else None, dc, dbias)
 
 
 def chunk_words(n: int, v: int, d: int, itemsize: int, accumulate: str) -> int:
@@ -164,6 +166,11 @@ def _check(e: Tensor, options: Options, launch: Launch) -> None:
     for size in (options.tile_tokens, options.tile_words):
         if size < 16 or size & (size - 1):
             raise ValueError(f"tiles of the Triton body are powers of two from 16 on, got {size}")
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    """A vector as the kernels read it: its entries side by side."""
+    return None if vector is None else vector.contiguous()
 
 
 def _tile_constants(e: Tensor, bias: Tensor | None, options: Options) -> dict:

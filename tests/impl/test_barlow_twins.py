@@ -146,6 +146,11 @@ def test_bad_input_is_refused():
     for eps in (-1e-9, math.nan):
         with pytest.raises(ValueError, match="eps"):
             barlow_twins_loss(z_a, z_b, eps=eps)
+    for lambd in (-1e-9, math.nan):
+        with pytest.raises(ValueError, match="lambd"):
+            barlow_twins_loss(z_a, z_b, lambd)
+    with pytest.raises(ValueError, match="two views"):
+        gram_redundancy(z_a, z_b[:1])
     with pytest.raises(ValueError, match="tile must be"):
         barlow_twins_loss(z_a, z_b, tile=0)
     with pytest.raises(ValueError, match="neither a tile nor a group"):

@@ -181,6 +181,7 @@ def test_bad_input_is_refused():
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": 1.0, "budget": 0}, "budget"),
+        ({"temperature": 1.0, "budget": math.nan}, "budget"),
         ({"temperature": 1.0, "threshold": math.nan}, "threshold"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -167,6 +167,14 @@ def test_leading_dimensions_strides_and_int32_targets(backend):
 
 
 @pytest.mark.parametrize("backend", BODIES)
+def test_targets_and_bias_that_are_columns(backend):
+    (e, c, bias), targets = make(30, 21, 7, torch.float32, DEVICE)
+    column = torch.stack([bias.detach(), bias.detach() + 1], 1)[:, 0].requires_grad_()
+    loss = ours((e, c, column), torch.stack([targets, 0 * targets], 1)[:, 0], backend=backend, tile=(16, 16))
+    assert_same(loss, reference((e, c, bias), targets), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BODIES)
 @pytest.mark.parametrize("gradients", ["forward", "backward"])
 def test_all_ignored(backend, gradients):
     if (backend, gradients) == ("triton", "forward"):
@@ -360,6 +368,16 @@ def test_frozen_inputs(gradients, frozen):
         assert leaf.grad is None if place == frozen else (leaf.grad - true).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("gradients", ["forward", "backward"])
+def test_second_derivative_is_refused(gradients):
+    (e, c, _), targets = make(5, 7, 3)
+    loss = linear_cross_entropy(e, c, targets, gradients=gradients)
+    (by_e,) = torch.autograd.grad(loss, e, create_graph=True)
+    torch.testing.assert_close(by_e.detach(), reference((e, c, torch.zeros(7)), targets)[1][0])
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        (loss + by_e.square().sum()).backward()
+
+
 def test_no_gradient_is_formed_where_none_is_wanted():
     (e, c, _), targets = make(8, 16, 4)
     with torch.no_grad():
@@ -412,6 +430,15 @@ def test_autocast_casts_the_inputs():
     loss.backward()
     assert e.grad.dtype == torch.float32
     torch.testing.assert_close(loss, linear_cross_entropy(e.bfloat16(), c.bfloat16(), targets))
+    e, c = e.detach().bfloat16(), c.detach().bfloat16().requires_grad_()
+    grads = []
+    for enabled in (False, True):  # the sums inside stay in float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = linear_cross_entropy(e, c, targets, gradients="forward", accumulate="compensated", tile=(8, 16))
+        grads += torch.autograd.grad(loss, c)
+    assert torch.equal(*grads)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_cross_entropy(e.double(), c.double(), targets).dtype == torch.float64
 
 
 BAD = {
@@ -434,6 +461,7 @@ BAD = {
     "gradients": ({"gradients": "never"}, "gradients"),
     "tile": ({"tile": (0, 4)}, "tile"),
     "filter": ({"filter_eps": -1.0}, "filter_eps"),
+    "filter not a number": ({"filter_eps": float("nan")}, "filter_eps"),
     "filter word": ({"filter_eps": "on"}, "filter_eps"),
     "backend": ({"backend": "cuda"}, "backend"),
     "forward and none": ({"gradients": "forward", "reduction": "none"}, "gradients='forward'"),
