@@ -162,7 +162,7 @@ def test_softmax_is_sparse(arm, rng, evidence):
 
 
 @claim(
-    "What gradient filtering leaves out is at most a hundredth of the gradient beyond its label part, about what bfloat16 rounds off.",
+    "What gradient filtering leaves out is at most a hundredth of the gradient that is not the labels'.",
     scale="reduced",
     differs="SmolLM2-135M over 512 tokens of the King James Bible, bfloat16 values in float32 arithmetic, blocks of 128 x 256",
     control="an untrained classifier, whose probabilities nearly all are below the filter's threshold and yet make this part",
