@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 Launch = Callable[..., None]
@@ -30,9 +32,13 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
 
 
 def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """Starts a Triton kernel. Host code takes this function as an argument, so that memory can be accounted without a GPU."""
+    """Starts a Triton kernel on the device of its first argument, a tensor.
+
+    Host code takes this function as an argument, so that memory can be accounted without a GPU.
+    """
     if all(grid):
-        kernel[grid](*arguments, **constants)
+        with torch.cuda.device_of(arguments[0]) if arguments[0].is_cuda else nullcontext():
+            kernel[grid](*arguments, **constants)
 
 
 def blocks(length: int, size: int) -> list[slice]:

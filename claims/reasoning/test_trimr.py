@@ -61,7 +61,7 @@ def percent(values, whole=None):
 
 
 @claim(
-    "Stopping after two thoughts in a row with equivalent answers saves tokens at negligible cost in accuracy.",
+    "Stopping after two thoughts in a row with equivalent answers saves tokens and loses no accuracy.",
     scale="mechanism",
     control="no agreement is asked for: the chain stops at its first answer (M_o = 1)",
     differs=DIFFERS,
@@ -74,7 +74,7 @@ def test_overthinking_is_cut_without_loss(arm, rng, evidence, pytestconfig):
     judged = verdicts(chains, rng, ERROR)
     tokens, right = outcome(recording, overthinking_stop(*judged, agreeing=1 if arm.control else 2))
     evidence.require("tokens saved", mean_interval(100 - percent(tokens, chains.length)), above=30, unit="%")
-    evidence.require("accuracy lost", paired_difference(percent(final_right), percent(right)), below=LARGEST_DROP, unit="points")
+    evidence.require("accuracy lost", paired_difference(percent(final_right), percent(right)), below=0, unit="points")
     first = (chains.answers == given.answer[:, None]).argmax(1)
     found = (chains.answers == given.answer[:, None]).any(1)
     share = chains.cost[np.arange(len(first)), first][found] / chains.length[found]
