@@ -142,7 +142,7 @@ def padded(rows, fill):
     return torch.tensor([[*row, *[fill] * (max(map(len, rows)) - len(row))] for row in rows])
 
 
-@not_reproduced("chains shrink to between 0.4 and 0.7 of their length, and accuracy falls by 3 to 11 points")
+@not_reproduced("chains shrink to 0.4 to 0.8 of their length and accuracy falls by 2 to 12 points: never both in bounds")
 @claim(
     "SimPO on its own ConCISE chains makes the model write chains of at most 0.6 of their length at nearly unchanged accuracy.",
     scale="mechanism",
