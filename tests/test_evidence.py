@@ -117,9 +117,9 @@ def test_evidence_older_than_its_sources_is_marked_and_what_is_gone_is_left_out(
     assert {r["params"] for r in shown} == {"new"}
 
 
-def test_publishing_makes_one_file_a_paper_without_skips(tmp_path):
+def test_publishing_makes_one_file_a_paper_without_skips_for_want_of_an_extra(tmp_path):
     local = tmp_path / "local"
-    for found in [*both(), *both(slug="beta"), *both(slug="gamma", outcome="skipped")]:
+    for found in [*both(), *both(slug="beta", outcome="skipped", needs="cuda"), *both(slug="gamma", outcome="skipped")]:
         store.write_json(store.record_path(local, found["slug"], found["slug"] + found["nodeid"]), found)
     paths = store.publish("cpu", local, tmp_path)
     assert sorted(path.name for path in paths) == ["alpha.json", "beta.json"]

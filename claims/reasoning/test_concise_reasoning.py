@@ -16,7 +16,7 @@ from paperclaims.fixtures.protocol import claim, not_reproduced
 from paperclaims.fixtures.statistics import mean_interval, paired_difference
 from paperclaims.impl.reasoning.concise_reasoning import early_stop, preference_pairs, simpo_loss
 
-PROBLEMS, TRAINING, HELD_OUT, BLOCKS, TAU = 16_000, 1_200, 3_000, 20, 0.7
+PROBLEMS, TRAINING, HELD_OUT, BLOCKS, TAU = 16_000, 1_200, 5_000, 20, 0.7
 FIRST_MODEL = 300  # those before served to choose the set-up
 DIFFERS = "a two-layer transformer on modular arithmetic instead of 7B models on mathematics"
 
