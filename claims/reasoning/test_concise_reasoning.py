@@ -18,7 +18,8 @@ from paperclaims.impl.reasoning.concise_reasoning import early_stop, preference_
 
 PROBLEMS, TRAINING, HELD_OUT, BLOCKS, TAU = 16_000, 1_200, 5_000, 20, 0.7
 FIRST_MODEL = 300  # those before served to choose the set-up
-DIFFERS = "a two-layer transformer on modular arithmetic instead of 7B models on mathematics"
+EXPLORATORY = "exploratory: its rule was chosen while looking at seeds 0 to 10"
+DIFFERS = f"a two-layer transformer on modular arithmetic instead of 7B models on mathematics; {EXPLORATORY}"
 
 
 @functools.cache

@@ -18,7 +18,9 @@ from paperclaims.impl.reasoning.trimr import REPETITION, Trimmer, overthinking_s
 
 PROBLEMS, BLOCKS, ERROR, LARGEST_DROP = 10_000, 20, 0.05, 1.7
 FIRST_MODEL = 300  # those before served to choose the set-up
+EXPLORATORY = "exploratory: its rule was chosen while looking at seeds 0 to 10"
 DIFFERS = "a two-layer transformer on modular arithmetic instead of 32B models on MATH500, AIME and GPQA; verifier errs in 5 %"
+DIFFERS += f"; {EXPLORATORY}"
 PAPER = "runtime cut by up to 70 %, accuracy down by at most 1.7 points"
 
 
