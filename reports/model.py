@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paperclaims.fixtures import catalogue
+from paperclaims.fixtures.evidence import sources
 from paperclaims.fixtures.verdict import (
     ACCELERATOR,
     EXTRA,
@@ -27,13 +28,18 @@ ARMS = ("claim", "control")
 
 @dataclass(frozen=True)
 class Setting:
-    """One claim under one set of parameters; `arms` has a record for each arm that ran."""
+    """One claim under one set of parameters.
+
+    `arms` has a record for each arm that ran; `others` what other machines measured: label, arms, status, stale; `rate` how
+    often the verdict held under fresh seeds, as the file says it, with label and stale.
+    """
 
     params: str
     status: str
     reason: str
     arms: dict[str, dict]
     others: tuple[dict, ...] = ()
+    rate: dict | None = None
 
     @property
     def margin(self) -> float | None:
@@ -42,7 +48,7 @@ class Setting:
             decisive = self.arms["claim"]["requirements"]
         elif self.status == NOT_REPRODUCED:
             broken = [r for r in self.arms["claim"]["requirements"] if r["outcome"] == "contradicted"]
-            decisive = [max(broken, key=lambda r: math.inf if margin(r) is None else margin(r))]
+            decisive = sorted(broken, key=lambda r: math.inf if margin(r) is None else margin(r))[-1:]
         else:
             return None
         control = self.arms["control"]
@@ -81,6 +87,11 @@ class Claim:
         return sum(record["duration"] for record in self.records)
 
     @property
+    def rate(self) -> dict | None:
+        """The rate of the setting that kept its verdict least often."""
+        return lowest(setting.rate for setting in self.settings)
+
+    @property
     def command(self) -> str:
         """Reruns every setting and both arms under the recorded seed."""
         return f"python -m pytest {self.record['module']}::{self.record['test']} --seed {self.record['seed']}"
@@ -100,6 +111,7 @@ class Paper(catalogue.Paper):
     verdict: str = NOT_ENCODED
     why: str = ""
     claims: tuple[Claim, ...] = ()
+    mutants: dict | None = None
 
     @property
     def module(self) -> str:
@@ -126,6 +138,24 @@ class Paper(catalogue.Paper):
     def duration(self) -> float | None:
         return sum(claim.duration for claim in self.claims) if self.claims else None
 
+    @property
+    def rates(self) -> list[dict]:
+        return [setting.rate for claim in self.claims for setting in claim.settings if setting.rate]
+
+    @property
+    def rate(self) -> dict | None:
+        """The rate of the claim, side findings included, that kept its verdict least often."""
+        return lowest(self.rates)
+
+    @property
+    def survivors(self) -> list[dict]:
+        return [found for found in self.mutants["mutants"] if found["outcome"] == "survived"] if self.mutants else []
+
+
+def lowest(rates: Iterable[dict | None]) -> dict | None:
+    """The rate that is least, of equal ones that of more seeds; None where there is none."""
+    return min((rate for rate in rates if rate), key=lambda rate: (rate["kept"] / rate["of"], -rate["of"]), default=None)
+
 
 def margin(requirement: dict) -> float | None:
     """Distance of the interval to the bound that decides, in interval widths: 0 when it straddles, None for an exact number."""
@@ -138,14 +168,22 @@ def margin(requirement: dict) -> float | None:
     return max(inside, outside, 0.0) / (high - low)
 
 
-def papers(rows: Iterable[catalogue.Paper], records: Iterable[dict], by_label: dict[str, list[dict]], root: Path) -> list[Paper]:
+def papers(
+    rows: Iterable[catalogue.Paper],
+    records: Iterable[dict],
+    by_label: dict[str, list[dict]],
+    root: Path,
+    fresh_seeds: dict[str, dict] | None = None,
+    mutants: dict[str, dict] | None = None,
+) -> list[Paper]:
     """Every row of the catalogue with its verdict, by topic and slug.
 
     Args:
         rows: the catalogue.
         records: the evidence to show, each with `label` and `stale` (fixtures.evidence.current).
-        by_label: all evidence by machine, to list what else was measured.
-        root: the repository, to tell a paper that is encoded from one that is not.
+        by_label: all evidence by machine, to set beside it what else was measured.
+        root: the repository, to tell a paper that is encoded from one that is not, and stale evidence from fresh.
+        fresh_seeds, mutants: a file's content by slug, with `label` and `stale` (reports.inputs).
     """
     shown: dict[str, list[dict]] = {}
     for record in records:
@@ -154,51 +192,43 @@ def papers(rows: Iterable[catalogue.Paper], records: Iterable[dict], by_label: d
     for label, found in by_label.items():
         for record in found:
             elsewhere.setdefault(record["slug"], []).append(record | {"label": label})
-    rows = sorted(rows, key=lambda row: (row.topic, row.slug))
-    return [_paper(row, shown.get(row.slug, []), elsewhere.get(row.slug, []), root) for row in rows]
+    made = []
+    for row in sorted(rows, key=lambda row: (row.topic, row.slug)):
+        seeds, mutated = (fresh_seeds or {}).get(row.slug), (mutants or {}).get(row.slug)
+        claims = _claims(shown.get(row.slug, []), elsewhere.get(row.slug, []), _rates(seeds), root)
+        verdict = paper_verdict(shown.get(row.slug, [])).verdict
+        if verdict == NOT_ENCODED and (root / Paper(**vars(row)).module).exists():
+            verdict = NOT_RUN
+        made.append(Paper(**vars(row), verdict=verdict, why=_why(verdict, claims), claims=claims, mutants=mutated))
+    return made
 
 
-def totals(found: Iterable[Paper]) -> dict[str, int]:
-    """Number of papers by verdict, in the order of the report, the verdicts that nobody has left out."""
-    counts = Counter(paper.verdict for paper in found)
-    return {verdict: counts[verdict] for verdict in ORDER if counts[verdict]}
+def _rates(seeds: dict | None) -> dict[tuple[str, str], dict]:
+    """By test and parameters the rates that rest on at least one seed."""
+    if seeds is None:
+        return {}
+    about = {key: seeds[key] for key in ("label", "stale", "time")}
+    return {(found["test"], found["params"]): found | about for found in seeds["claims"] if found["of"] > 0}
 
 
-def as_json(found: list[Paper], problems: list[str], built: str) -> dict:
-    """report.json: everything the pages say, for machines."""
-    topics = list(dict.fromkeys(paper.topic for paper in found))
-    return {
-        "schema": 1,
-        "built": built,
-        "totals": {"papers": len(found), "claims": sum(len(p.claims) for p in found), "verdicts": totals(found)},
-        "topics": {topic: totals(paper for paper in found if paper.topic == topic) for topic in topics},
-        "papers": [_paper_json(paper) for paper in found],
-        "problems": problems,
-    }
-
-
-def _paper(row: catalogue.Paper, records: list[dict], elsewhere: list[dict], root: Path) -> Paper:
+def _claims(records: list[dict], elsewhere: list[dict], rates: dict, root: Path) -> tuple[Claim, ...]:
     tests: dict[str, list[dict]] = {}
     for record in sorted(records, key=lambda record: record["line"]):
         tests.setdefault(record["test"], []).append(record)
-    claims = tuple(_claim(found, elsewhere) for found in tests.values())
-    verdict = paper_verdict(records).verdict
-    if verdict == NOT_ENCODED and (root / Paper(**vars(row)).module).exists():
-        verdict = NOT_RUN
-    return Paper(**vars(row), verdict=verdict, why=_why(verdict, claims), claims=claims)
+    claims = []
+    for test, found in tests.items():
+        settings = []
+        for params in dict.fromkeys(record["params"] for record in found):
+            arms = {arm: r for arm in ARMS for r in found if r["params"] == params and r["arm"] == arm}
+            status = claim_status(arms.values())
+            others = _others(arms, elsewhere, root)
+            settings.append(Setting(params, status.status, status.reason, arms, others, rates.get((test, params))))
+        claims.append(Claim(found[0], paper_verdict(found).verdict, tuple(settings)))
+    return tuple(claims)
 
 
-def _claim(records: list[dict], elsewhere: list[dict]) -> Claim:
-    settings = []
-    for params in dict.fromkeys(record["params"] for record in records):
-        arms = {arm: r for arm in ARMS for r in records if r["params"] == params and r["arm"] == arm}
-        status = claim_status(arms.values())
-        settings.append(Setting(params, status.status, status.reason, arms, _others(arms, elsewhere)))
-    return Claim(records[0], paper_verdict(records).verdict, tuple(settings))
-
-
-def _others(arms: dict[str, dict], elsewhere: list[dict]) -> tuple[dict, ...]:
-    """What other machines measured for the same claim and parameters: label, claim-arm record, status."""
+def _others(arms: dict[str, dict], elsewhere: list[dict], root: Path) -> tuple[dict, ...]:
+    """What other machines measured for the same claim and parameters."""
     ids = {record["nodeid"] for record in arms.values()}
     used = {record["label"] for record in arms.values()}
     labels: dict[str, list[dict]] = {}
@@ -206,7 +236,12 @@ def _others(arms: dict[str, dict], elsewhere: list[dict]) -> tuple[dict, ...]:
         if record["nodeid"] in ids and record["label"] not in used and record["outcome"] != "skipped":
             labels.setdefault(record["label"], []).append(record)
     return tuple(
-        {"label": label, "record": min(found, key=lambda r: r["arm"]), "status": claim_status(found).status}
+        {
+            "label": label,
+            "arms": {arm: record for arm in ARMS for record in found if record["arm"] == arm},
+            "status": claim_status(found).status,
+            "stale": any(r["sources"]["hash"] != sources(root / r["module"], root)["hash"] for r in found),
+        }
         for label, found in sorted(labels.items())
     )
 
@@ -235,39 +270,3 @@ def _why(verdict: str, claims: tuple[Claim, ...]) -> str:
         NOT_RUN: "The claims are written, but no run of them has been recorded here yet.",
         NOT_ENCODED: "Nobody has written this paper's claims as tests yet, so nothing is known about it here.",
     }[verdict]
-
-
-def _paper_json(paper: Paper) -> dict:
-    return {
-        "slug": paper.slug,
-        "title": paper.title,
-        "topic": paper.topic,
-        "year": paper.year,
-        "arxiv": paper.arxiv,
-        "verdict": paper.verdict,
-        "why": paper.why,
-        "missing": paper.missing,
-        "margin": paper.margin,
-        "duration": paper.duration,
-        "stale": paper.stale,
-        "claims": [_claim_json(claim) for claim in paper.claims],
-    }
-
-
-def _claim_json(claim: Claim) -> dict:
-    stated = ("test", "statement", "scale", "control", "differs", "central", "paper_value")
-    ran = ("outcome", "message", "label", "stale", "seed", "duration", "time", "requirements")
-    return {
-        **{key: claim.record[key] for key in stated},
-        "verdict": claim.verdict,
-        "margin": claim.margin,
-        "settings": [
-            {
-                "params": setting.params,
-                "status": setting.status,
-                "reason": setting.reason,
-                "arms": {arm: {key: record[key] for key in ran} for arm, record in setting.arms.items()},
-            }
-            for setting in claim.settings
-        ],
-    }

@@ -41,6 +41,27 @@ def screenshot(page: Path, picture: Path, width: int = 1200, height: int = 900, 
         tab.screenshot(path=picture, full_page=whole)
 
 
+def png(svg: Path, picture: Path, scale: int = 2) -> bool:
+    """Save an SVG file as PNG at `scale` times its own size; false, and no file, where no browser can be had."""
+    try:
+        from playwright.sync_api import Error
+
+        try:
+            with browser() as running:
+                tab = running.new_page(device_scale_factor=scale, color_scheme="light")
+                tab.goto(Path(svg).resolve().as_uri())
+                shape = tab.evaluate(
+                    "[document.documentElement.width.baseVal.value, document.documentElement.height.baseVal.value]"
+                )
+                tab.set_viewport_size(dict(zip(("width", "height"), map(round, shape), strict=True)))
+                tab.screenshot(path=picture)
+        except Error:
+            return False
+    except ImportError:
+        return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Save a picture of a page of the report.")
     parser.add_argument("page", type=Path)

@@ -57,7 +57,41 @@ def bounds(above: float | None, below: float | None, unit: str = "") -> str:
 def duration(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+    if seconds < 90 * 60:
+        return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share in per cent; 0 and 100 stand for none and all, never for nearly none or nearly all."""
+    least = 10.0**-digits
+    if 0 < share < least / 100:
+        return f"<{least:g} %"
+    return f">{100 - least:g} %" if 1 - least / 100 < share < 1 else f"{100 * share:.{digits}f} %"
+
+
+def signed(share: float | None) -> str:
+    """A relative change: +3.2 %, −18 %, ×40 from a factor of three on; "from 0" where there is nothing to compare with."""
+    if share is None:
+        return "from 0"
+    if share >= 2:
+        return f"×{number(1 + share, 3)}"
+    return f"{'−' if share < 0 else '+'}{number(100 * abs(share), 2)} %"
+
+
+def bytes_(count: float) -> str:
+    """Bytes in the unit that keeps the number short: 512 B, 24.5 KiB, 1.2 GiB."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(len(units) - 1, max(0, math.frexp(count)[1] - 1) // 10) if count else 0
+    return f"{number(count / 2 ** (10 * power), 3)} {units[power]}"
+
+
+def seconds(value: float) -> str:
+    """Seconds in the unit that keeps the number short."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{number(value / scale, 3)} {unit}"
+    return f"{number(value / 1e-9, 3)} ns"
 
 
 def widths(margin: float | None) -> str:

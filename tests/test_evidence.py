@@ -80,7 +80,7 @@ def project(tmp_path):
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    for cached in (store.sources, store.packages, store.test_functions, store._parse):
+    for cached in (store.sources, store.packages, store._scan, store._data_files):
         cached.cache_clear()
     return tmp_path
 

@@ -2,69 +2,17 @@
 
 import json
 import signal
-import textwrap
-from pathlib import Path
 
 import pytest
+
+from paperclaims.tests.suite import HEADER, Suite, body
 
 pytest_plugins = ["pytester"]
-ROOT = Path(__file__).resolve().parents[1]
-CONFTEST = f"""
-import sys, types
-package = types.ModuleType("paperclaims")
-package.__path__ = [{str(ROOT)!r}]
-sys.modules["paperclaims"] = package
-pytest_plugins = ["paperclaims.fixtures.plugin"]
-"""
-HEADER = """
-import os, signal, time
-import pytest
-from paperclaims.fixtures.protocol import claim, inconclusive, not_reproduced
-from paperclaims.fixtures.statistics import Interval, mean_interval
-STATED = dict(scale="paper", control="the mechanism")
-def interval(low, high): return Interval((low + high) / 2, low, high, 8)
-"""
-
-
-class Suite:
-    """A project with claims in it, and the evidence that runs of it left."""
-
-    def __init__(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-        self.pytester = pytester
-        monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-        pytester.makeconftest(CONFTEST)
-        pytester.makeini("[pytest]\naddopts = --import-mode=importlib --continue-on-collection-errors\ntestpaths = claims")
-
-    def paper(self, slug: str, body: str) -> None:
-        path = self.pytester.path / "claims" / "topic" / f"test_{slug}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(HEADER + textwrap.dedent(body))
-
-    def run(self, *arguments: str, process: bool = False) -> pytest.RunResult:
-        run = self.pytester.runpytest_subprocess if process else self.pytester.runpytest_inprocess
-        return run("-p", "xdist", "-p", "no:cacheprovider", *arguments)
-
-    def records(self, folder: str = "reports/evidence/local") -> dict[str, dict]:
-        """Records by "test[id]"."""
-        found = [json.loads(path.read_text()) for path in (self.pytester.path / folder).rglob("*.json")]
-        return {record["nodeid"].split("::")[1]: record for record in found}
-
-    def outcomes(self) -> dict[str, str]:
-        return {name: record["outcome"] for name, record in self.records().items()}
 
 
 @pytest.fixture
 def suite(pytester, monkeypatch):
     return Suite(pytester, monkeypatch)
-
-
-def body(requirement: str, marks: str = "", breaks: str = "()") -> str:
-    return f"""
-    {marks}
-    @claim("It works.", control_breaks={breaks}, **STATED)
-    def test_it(arm, evidence):
-        {requirement}
-    """
 
 
 def test_a_claim_passes_when_it_is_met_and_its_control_contradicted(suite):

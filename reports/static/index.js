@@ -8,8 +8,9 @@
   const start = new Map(rows.map((row, position) => [row, position]));
   const text = new Map(rows.map((row) => [row, `${row.cells[0].textContent} ${row.dataset.topic} ${row.dataset.year} ${row.dataset.text}`.toLowerCase()]));
   const fields = ["q", "verdict", "topic", "scale"];
-  const numeric = new Set(["year", "claims", "margin", "duration"]);
+  const numeric = new Set(["year", "claims", "margin", "seeds", "duration"]);
   let state = {};
+  let sorted = "verdict"; // the order in which the page comes
 
   // An address such as #q=rank&verdict=reproduced&sort=-year; one without "=" is a place on the page.
   const read = () => {
@@ -48,7 +49,8 @@
     let visible = 0;
     for (const row of rows) visible += !(row.hidden = !fits(row));
     const name = state.sort.replace(/^-/, "");
-    body.append(...[...rows].sort(compare(name, state.sort.startsWith("-") ? -1 : 1)));
+    if (state.sort !== sorted) body.append(...[...rows].sort(compare(name, state.sort.startsWith("-") ? -1 : 1)));
+    sorted = state.sort;
     for (const head of document.querySelectorAll("th[data-sort]")) {
       if (head.dataset.sort !== name) head.removeAttribute("aria-sort");
       else head.setAttribute("aria-sort", state.sort.startsWith("-") ? "descending" : "ascending");

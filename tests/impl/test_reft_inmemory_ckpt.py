@@ -9,6 +9,7 @@ import time
 from itertools import combinations, product
 from math import exp, prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +197,7 @@ def test_parity_beside_its_data_goes_with_it():
 def test_block_bytes():
     assert [reft.block_bytes(size, 4, 1) for size in (0, 1, 192, 193)] == [0, 64, 64, 128]
     assert reft.block_bytes(1000, 6, 2) == 256
+    assert reft.block_bytes(1000, 5, 0) == 256
 
 
 # Shared memory ----------------------------------------------------------------------------------------------------------------
@@ -267,12 +269,22 @@ def test_memory_that_is_not_there(tmp_path):
         reft.NodeMemory(tmp_path / "node").save(-1, {"a": np.zeros(1)}, 1, 0)
 
 
-def test_memory_goes_where_there_is_room():
-    folders = [reft._memory_folder(needed) for needed in (1, 1 << 60)]
+def test_memory_goes_where_there_is_room(monkeypatch):
+    monkeypatch.setattr(reft.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    folders = [reft._memory_folder(needed) for needed in (100, 101)]
     for folder in folders:
         folder.rmdir()
+        assert folder.name.startswith("reft-")
     assert Path("/dev/shm") not in folders[1].parents
     assert (Path("/dev/shm") in folders[0].parents) == Path("/dev/shm").is_dir()
+
+
+def test_a_cluster_asks_for_the_room_that_its_nodes_take(tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(reft, "_memory_folder", lambda size: needed.append(size) or tmp_path)
+    cluster = reft.Cluster(3, 1000)
+    reft.NodeMemory(tmp_path / "node", create=(3, 1, cluster.block))
+    assert needed == [3 * (tmp_path / "node").stat().st_size]
 
 
 # Real processes ---------------------------------------------------------------------------------------------------------------
@@ -319,11 +331,30 @@ def test_cluster_loses_rebuilds_and_leaves_nothing():
         cluster.lose(0, 2)
         with pytest.raises(reft.UnrecoverableError, match="2 nodes lost"):
             cluster.rebuild(2)
-        pids = [manager.pid for manager in cluster.managers]
-        folder = cluster.folder
+        managers, folder = list(cluster.managers), cluster.folder
         assert len(list(folder.iterdir())) == 3
-    assert not any(map(alive, pids))
+    assert [manager.returncode for manager in managers] == [0, 0, 0]  # ended when told to, not by force
     assert not folder.exists()
+
+
+def test_a_manager_answers_each_request_and_leaves_nothing(tmp_path):
+    path = tmp_path / "group" / "node"
+    path.parent.mkdir()
+    command = [sys.executable, "-P", reft.__file__, str(path), *["2", "1", "64", "0", "1"]]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as manager:
+        answers = [json.loads(manager.stdout.readline())]
+        memory = reft.NodeMemory(path)
+        memory.save(3, {"a": np.arange(64, dtype=np.uint8)}, 1, 0)
+        for request in (("encode", 3, [str(path)] * 2), ("encode", 4, [str(path)] * 2), ("rebuild", 4, [str(path), None])):
+            manager.stdin.write(json.dumps(dict(zip(("do", "step", "peers"), request, strict=True))) + "\n")
+            manager.stdin.flush()
+            answers.append(json.loads(manager.stdout.readline()))
+        manager.stdin.close()
+        assert manager.wait(60) == 0
+    assert answers[:2] == [{"ok": True}] * 2
+    assert [answer.get("unrecoverable") for answer in answers[2:]] == [False, True]
+    assert "step 4 is not in memory" in answers[2]["error"]
+    assert not path.parent.exists()
 
 
 def test_no_parity_of_a_step_is_reported():
@@ -349,6 +380,14 @@ def test_a_manager_that_hangs_is_not_waited_for():
         with pytest.raises(RuntimeError, match=r"node 0.*gone"):
             cluster.encode(0)
         folder = cluster.folder
+    assert not folder.exists()
+
+
+def test_a_manager_that_hangs_is_ended_by_force():
+    with reft.Cluster(2, 64) as cluster:
+        managers, folder = list(cluster.managers), cluster.folder
+        os.kill(managers[0].pid, signal.SIGSTOP)
+    assert [manager.returncode for manager in managers] == [-signal.SIGKILL, 0]
     assert not folder.exists()
 
 
@@ -424,6 +463,7 @@ def test_best_interval_of_a_save_that_costs_almost_nothing():
         lambda: reft.copy_shard({"a": np.zeros(9)}, 1, 0, np.zeros(71, dtype=np.uint8)),
         lambda: reft.copy_shard({"a": np.zeros(9)}, 1, 0, np.zeros(72)),
         lambda: reft.copy_shard({"a": np.zeros(9)}, 1, 0, np.zeros((2, 72), dtype=np.uint8)),
+        lambda: reft.combine([1, 1], [np.zeros(9, dtype=np.uint8)], np.zeros(9, dtype=np.uint8)),
         lambda: reft.load_state([np.zeros(71, dtype=np.uint8)], {"a": np.zeros(9)}),
         lambda: reft.load_state([np.zeros(73, dtype=np.uint8)], {"a": np.zeros(9)}),
         lambda: reft.load_state([np.zeros(72)], {"a": np.zeros(9)}),
@@ -453,5 +493,5 @@ def test_best_interval_of_a_save_that_costs_almost_nothing():
     ],
 )
 def test_bad_input_is_refused(call):
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(ValueError, match=r"needs|must|does not fit|do not fill|shorter"):
         call()
