@@ -1,14 +1,19 @@
 """Claims on a Ray cluster of two nodes on this machine: the verdicts of a local run, whatever dies on the way."""
 
+import importlib.util
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from paperclaims.fixtures.runs.tasks import plan
 from paperclaims.tests.suite import Suite, body
 
 pytest_plugins = ["pytester"]
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install -e '.[cluster]'")
 PASSES = "evidence.require('v', 0 if arm.control else 1, above=1)"
 
 
@@ -19,7 +24,6 @@ def suite(pytester, monkeypatch):
 
 @pytest.fixture(scope="module")
 def cluster():
-    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -36,6 +40,32 @@ def test_without_ray_the_option_says_what_to_install(suite, monkeypatch):
     result.stderr.fnmatch_lines(["*--cluster needs Ray*pip install -e '.[[]cluster[]]'*"])
 
 
+@needs_ray
+def test_where_no_cluster_is_the_option_says_how_to_start_one(suite):
+    suite.paper("alpha", body(PASSES))
+    result = suite.run("--cluster", "127.0.0.1:1", process=True)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*no Ray cluster at 127.0.0.1:1 that this process can join*ray start --head*"])
+
+
+def test_short_papers_share_a_task_and_special_needs_have_their_own():
+    def item(slug: str, needs: str | None = None, serial: bool = False) -> SimpleNamespace:
+        path = Path(f"claims/topic/test_{slug}.py")
+        obj = SimpleNamespace(claim=SimpleNamespace(needs=needs))
+        marks = {"serial": True} if serial else {}
+        return SimpleNamespace(nodeid=f"{path}::test_it", path=path, obj=obj, get_closest_marker=marks.get)
+
+    items = [item("long"), *(item(f"short{i}") for i in range(10)), item("gpu", "cuda"), item("clock", serial=True)]
+    took = {item.nodeid: 10.0 for item in items} | {items[0].nodeid: 500.0}
+    tasks = plan(items, took, cpus=2)
+    assert [str(task) for task in tasks[:2]] == ["clock", "long"]
+    assert [len(task.tests) for task in tasks] == [1, 1, 6, 4, 1]
+    assert [task.cuda for task in tasks] == [False] * 4 + [True]
+    assert len(plan(items, took, cpus=100)) == len(items)
+    assert len(plan(items, {}, cpus=2)) == len(items)
+
+
+@needs_ray
 def test_a_cluster_gives_the_verdicts_of_a_local_run(suite, cluster):
     suite.paper("alpha", body(PASSES))
     suite.paper("beta", body("evidence.require('v', 0, above=1)", "@not_reproduced('null')"))
@@ -71,6 +101,7 @@ def test_a_cluster_gives_the_verdicts_of_a_local_run(suite, cluster):
     assert run("--cluster", cluster.address) == local
 
 
+@needs_ray
 def test_a_task_whose_worker_died_runs_again(suite, cluster, tmp_path):
     suite.paper(
         "alpha",
@@ -84,9 +115,10 @@ def test_a_task_whose_worker_died_runs_again(suite, cluster, tmp_path):
     )
     result = suite.run("--cluster", cluster.address, process=True)
     result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["*test_alpha was lost (*), submitted again"])
+    result.stdout.fnmatch_lines(["cluster: alpha was lost with its worker or node (*) and submitted again"])
 
 
+@needs_ray
 def test_a_node_killed_in_the_middle_loses_nothing(suite, cluster, tmp_path):
     for slug in "abcd":
         suite.paper(

@@ -108,6 +108,7 @@ def test_conditional_mutual_information_against_loops():
 def test_conditional_mutual_information_of_rare_outcomes():
     joint = torch.tensor([[1e-200, 1e-190], [1e-180, 1.0]], dtype=torch.float64)
     assert abs(conditional_mutual_information(joint, (0,), (1,), variables=2)) < 1e-150
+    assert abs(conditional_mutual_information(1.0005 * FAIR, (0,), (1,), variables=2)) < 1e-3  # a sum may be off a little
 
 
 def test_contingency_table_counts():
@@ -275,6 +276,7 @@ def test_recover_graph_without_a_sink():
         lambda: conditional_mutual_information(torch.full((2, 2), torch.nan), (0,), (1,), variables=2),
         lambda: conditional_mutual_information(-torch.ones(2, 2), (0,), (1,), variables=2),
         lambda: conditional_mutual_information(torch.ones(2, 2), (0,), (1,), variables=2),
+        lambda: conditional_mutual_information(1.0015 * FAIR, (0,), (1,), variables=2),
         lambda: conditional_mutual_information(torch.tensor([[0.5, 0.5], [-0.5, 0.5]]), (0,), (1,), variables=2),
         lambda: contingency_table(torch.zeros(3, 2)),
         lambda: contingency_table(torch.zeros(0, 2, dtype=torch.long), 0),
@@ -291,12 +293,14 @@ def test_recover_graph_without_a_sink():
         lambda: independence_test(torch.ones(2, 2, 1), "z"),
         lambda: bivariate_p_values(torch.zeros(5, 2, 3, dtype=torch.long)),
         lambda: bivariate_p_values(torch.zeros(5, 3, 2, dtype=torch.long)),
+        lambda: bivariate_p_values(torch.full((5, 2, 2), 2)),
         lambda: bivariate_graph(*torch.rand(3), alpha=0.0),
         lambda: bivariate_graph(*torch.tensor([0.5, torch.nan, 0.5])),
         lambda: bivariate_graph(*torch.tensor([0.5, 1.5, 0.5])),
         lambda: bivariate_graph(*torch.tensor([0.5, 0.5, -0.5])),
         lambda: recover_graphs(torch.zeros(5, 2, 3, dtype=torch.long)),
         lambda: recover_graphs(torch.zeros(1, 5, 3, 3, dtype=torch.long)),
+        lambda: recover_graphs(torch.full((1, 5, 2, 3), 2)),
         lambda: recover_graphs(torch.zeros(1, 5, 2, 3, dtype=torch.long), alpha=1.0),
         lambda: recover_graph(lambda i, k, others: 1.0, lambda j, k, given: 1.0, 2, alpha=0.0),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,8 +358,20 @@ def test_a_manager_answers_each_request_and_leaves_nothing(tmp_path):
     assert not path.parent.exists()
 
 
+def test_a_cluster_that_does_not_start_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(reft.sys, "executable", shutil.which("false"))
+    cluster = reft.Cluster(2, 64)
+    with pytest.raises(RuntimeError, match=r"node 0.*gone"):
+        cluster.__enter__()
+    assert not cluster.folder.exists()
+
+
 def test_no_parity_of_a_step_is_reported():
     with reft.Cluster(2, 64) as cluster:
+        for rank, steps in enumerate([(1, 2), (3, 4)]):
+            for step in steps:
+                cluster.memory(rank).save(step, {"a": np.zeros(128, dtype=np.uint8)}, 2, rank)
+        assert cluster.complete_step() == -1  # none in common
         for rank in range(2):
             cluster.memory(rank).save(4, {"a": np.arange(128, dtype=np.uint8)}, 2, rank)
         with pytest.raises(RuntimeError, match="step 9"):
