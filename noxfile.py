@@ -77,16 +77,20 @@ def benchmarks(session: nox.Session) -> None:
 def fresh_seeds(session: nox.Session) -> None:
     """Claims under seeds that nobody looked at: how often each verdict holds. `-- --times 10 -k barlow_twins`."""
     prepare(session)
-    python(session, "paperclaims.fixtures.runs.fresh_seeds", *session.posargs)
-    python(session, "paperclaims.reports.build")
+    try:
+        python(session, "paperclaims.fixtures.runs.fresh_seeds", *session.posargs)
+    finally:
+        python(session, "paperclaims.reports.build")
 
 
 @session
 def mutants(session: nox.Session) -> None:
     """Break the implementations on purpose: which mutants no test and no claim notices. `-- -k barlow_twins`."""
     prepare(session)
-    python(session, "paperclaims.fixtures.runs.mutants", *session.posargs)
-    python(session, "paperclaims.reports.build")
+    try:
+        python(session, "paperclaims.fixtures.runs.mutants", *session.posargs)
+    finally:
+        python(session, "paperclaims.reports.build")
 
 
 @session
