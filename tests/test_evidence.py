@@ -173,3 +173,12 @@ def test_parameter_sets_of_the_headline_count_together():
     sets = both(params="1") + both(params="2", **NULL)
     assert paper_verdict(sets).verdict == "in part"
     assert paper_verdict(both(params="1", **NULL) + both(params="2", **NULL) + both(test="b", line=9)).verdict == "not reproduced"
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        store.write_json(tmp_path / "record.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "record.json").stat().st_mode & 0o777 == 0o640
