@@ -23,6 +23,7 @@ from paperclaims.impl.losses.anyloss import (
 
 LEVELS = [None, 0.0, 1.0, 10.0, 73.0]
 CASES = [*METRICS, lambda c: f_beta(c, 2.0), lambda c: f_beta(c, 0.5)]
+CASE_NAMES = [*METRICS, "F2", "F0.5"]
 
 
 def make(*shape, seed=0, rate=0.3):
@@ -99,7 +100,7 @@ def test_gradients_are_the_papers(level):
         torch.testing.assert_close(gradient, -slope * level * a * (1 - a) * p * (1 - p), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("metric", CASES, ids=str)
+@pytest.mark.parametrize("metric", CASES, ids=CASE_NAMES)
 def test_gradcheck(metric):
     logits, targets = make(2, 9, seed=2)
     for level in (None, 5.0):
@@ -146,7 +147,7 @@ def test_amplifier():
     assert torch.equal(amplify(z, None), p)
 
 
-@pytest.mark.parametrize("metric", CASES, ids=str)
+@pytest.mark.parametrize("metric", CASES, ids=CASE_NAMES)
 @pytest.mark.parametrize("labels", ["all", "none", "both"])
 @pytest.mark.parametrize("size", [1e4, -1e4, 0.0])
 def test_certain_predictions_and_absent_classes(metric, labels, size):
