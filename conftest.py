@@ -17,7 +17,7 @@ sys.modules["paperclaims"] = package
 
 # One thread a worker, and Triton interpreted where there is no GPU; both must stand before torch and triton are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if shutil.which("nvidia-smi") is None:
+if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["paperclaims.fixtures.plugin"]

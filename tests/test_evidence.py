@@ -106,6 +106,8 @@ def test_the_last_local_run_is_shown_but_never_a_skip_in_place_of_a_result(proje
     assert [r["label"] for r in shown] == ["cpu"] * 2
     shown = store.current({"local": both(**fresh, outcome="skipped"), "a100": published}, project)
     assert [r["label"] for r in shown] == ["a100"] * 2
+    shown = store.current({"cpu": published, "local": both(message="of older sources")}, project)
+    assert [(r["label"], r["stale"]) for r in shown] == [("cpu", False)] * 2
 
 
 def test_evidence_older_than_its_sources_is_marked_and_what_is_gone_is_left_out(project):

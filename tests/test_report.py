@@ -180,14 +180,15 @@ def test_broken_evidence_is_named_and_the_rest_is_shown(root, report, tmp_path):
     (evidence / "local" / "old.json").write_text(json.dumps([{"schema": 0}]))
     (evidence / "local" / "thin.json").write_text(json.dumps([{"schema": store.SCHEMA, "nodeid": "claims/a.py::test_b"}]))
     (evidence / "local" / "list.json").write_text("[1]")
+    (evidence / "local" / "deep.json").write_text("[" * 100_000)
     (evidence / "local" / "bytes.json").write_bytes(b"\xff\xfe")
     found = build(root, out=tmp_path / "site", evidence=evidence)
     assert paper(found, 9) == paper(report, 9)
     problems = "\n".join(found["problems"])
-    assert len(found["problems"]) == 5
-    for name in ("half.json", "old.json", "list.json", "bytes.json", "claims/a.py::test_b left out"):
+    assert len(found["problems"]) == 6
+    for name in ("half.json", "old.json", "list.json", "deep.json", "bytes.json", "claims/a.py::test_b left out"):
         assert name in problems
-    assert "5 things could not be used" in Page(tmp_path / "site" / "index.html").text
+    assert "6 things could not be used" in Page(tmp_path / "site" / "index.html").text
 
 
 def test_the_folder_of_a_single_run_can_be_shown(root, report, tmp_path):
@@ -207,14 +208,13 @@ def test_other_machines_stand_beside_the_shown_one_and_stale_ones_are_marked(roo
     store.write_json(evidence / age / f"{SLUG(9)}.json", [r | {"machine": card, "sources": sources} for r in records])
     found = build(root, out=tmp_path / "site", evidence=evidence)
     labels = {arm["label"] for claim in paper(found, 9)["claims"] for s in claim["settings"] for arm in s["arms"].values()}
-    assert len(labels) == 1
-    other = ({"cpu", age} - labels).pop()
+    assert labels == {"cpu"}
     shown = Page(tmp_path / "site" / "papers" / f"{SLUG(9)}.html")
     marks = [attrs.get("title") for tag, attrs in shown.tags if tag == "span" and attrs.get("class") == "stale"]
     assert ("The sources have changed since this was recorded there." in marks) == (age == "old")
-    assert ("The sources have changed since this evidence was recorded: run it again." in marks) == (labels == {"old"})
-    assert f"On 2 machines Arm Quantity Required {next(iter(labels))} " in shown.text
-    assert f" {other} Some " in shown.text
+    assert "The sources have changed since this evidence was recorded: run it again." not in marks
+    assert "On 2 machines Arm Quantity Required cpu " in shown.text
+    assert (" old stale Some Card" if age == "old" else " card Some Card") in shown.text
 
 
 def test_evidence_older_than_its_sources_is_marked(root, tmp_path):
