@@ -265,6 +265,7 @@ def test_recover_graph_without_a_sink():
         lambda: mixture_joint(torch.tensor([0.5]), torch.tensor([0.5, 0.5]), torch.tensor([1.0])),
         lambda: mixture_joint(torch.tensor([0.5, 0.5]), torch.full((2, 2), 0.5), torch.tensor([1.0])),
         lambda: mixture_joint(torch.tensor([0.5]), torch.tensor([[0.5, 1.5]]), torch.tensor([1.0])),
+        lambda: mixture_joint(torch.tensor([-0.5]), torch.tensor([[0.5, 0.5]]), torch.tensor([1.0])),
         lambda: mixture_joint(torch.tensor([torch.nan]), torch.tensor([[0.5, 0.5]]), torch.tensor([1.0])),
         lambda: mixture_joint(torch.tensor([0.5]), torch.tensor([[0.5, 0.5]]), torch.tensor([0.9])),
         lambda: conditional_mutual_information(FAIR, (0,), (0,), variables=2),
