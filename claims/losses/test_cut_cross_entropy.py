@@ -80,11 +80,11 @@ def test_gradient_memory(arm, accumulate, limit, evidence):
     options = Options(softcap=SOFTCAP, filter_eps=EPS, accumulate=accumulate, tile_tokens=tokens, tile_words=words)
 
     def step(e, c, targets):
-        _, lse = body.forward(e, c, targets, None, options, launch=no_launch)
+        _, lse, pull = body.forward(e, c, targets, None, options, launch=no_launch)
         weights, scale = torch.ones(len(e)), torch.ones(())
         chunk = WORDS if arm.control else None
         return body.backward(
-            e, c, targets, None, lse, weights, scale, (True, True, False), options, launch=no_launch, chunk=chunk
+            e, c, targets, None, lse, pull, weights, scale, (True, True, False), options, launch=no_launch, chunk=chunk
         )  # fmt: skip
 
     with fake_mode():

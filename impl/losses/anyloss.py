@@ -11,6 +11,7 @@ A metric is any differentiable function of a `Confusion`. The loss is one number
 hold both classes.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,14 +34,14 @@ def amplify(logits: Tensor, amplification: float | None = 73.0) -> Tensor:
     Written as sigmoid(L/2 tanh(z/2)), which keeps its digits where p rounds to 0 or 1.
 
     Raises:
-        ValueError: logits that are not floating point, an amplification below 0.
+        ValueError: logits that are not floating point, an amplification below 0 or infinite.
     """
     if not logits.is_floating_point():
         raise ValueError(f"logits are floating point, got {logits.dtype}")
     if amplification is None:
         return logits.sigmoid()
-    if not amplification >= 0:
-        raise ValueError(f"amplification is None or at least 0, got {amplification}")
+    if not 0 <= amplification < math.inf:
+        raise ValueError(f"amplification is None or a number from 0 on, got {amplification}")
     return (amplification / 2 * (logits / 2).tanh()).sigmoid()
 
 
@@ -51,15 +52,21 @@ def confusion(positive: Tensor, targets: Tensor) -> Confusion:
         positive: to which degree a point is called positive, floating point, (..., n).
         targets: 0 or 1 (or between, for soft labels), any dtype, a shape that broadcasts against it.
 
+    Returns:
+        Counts in the dtype of the predictions, but at least float32, as half precision ends at 65,504.
+
     Raises:
-        ValueError: no points, shapes that do not fit.
+        ValueError: no points, shapes that do not fit, predictions that are not floating point, targets outside [0, 1].
     """
+    if not positive.is_floating_point() or targets.is_complex() or not ((targets >= 0) & (targets <= 1)).all():
+        raise ValueError(f"predictions are floating point, got {positive.dtype}, and targets are in [0, 1]")
     try:
         shape = torch.broadcast_shapes(positive.shape, targets.shape)
     except RuntimeError as error:
         raise ValueError(f"predictions {tuple(positive.shape)} and targets {tuple(targets.shape)} do not fit") from error
     if min(positive.ndim, targets.ndim) < 1 or shape[-1] == 0 or positive.shape[-1] != targets.shape[-1]:
         raise ValueError(f"needs at least one point, got predictions {tuple(positive.shape)} and targets {tuple(targets.shape)}")
+    positive = positive.to(torch.promote_types(positive.dtype, torch.float32))
     y = targets.to(positive.dtype)
     tp, positives, called = (y * positive).sum(-1), y.sum(-1), positive.sum(-1)
     return Confusion(tp, positives - tp, called - tp, shape[-1] - positives - called + tp)
@@ -109,12 +116,12 @@ def any_loss(
         amplification: the paper's L. Small ones train more easily, as L A (1 - A) vanishes away from p = 0.5; None: A(p) = p.
 
     Returns:
-        Shape (...).
+        Shape (...), the dtype of `logits`.
 
     Raises:
         ValueError: an unknown metric, or as in `amplify` and `confusion`.
     """
-    return 1 - _metric(metric)(confusion(amplify(logits, amplification), targets))
+    return (1 - _metric(metric)(confusion(amplify(logits, amplification), targets))).to(logits.dtype)
 
 
 def hard_metric(

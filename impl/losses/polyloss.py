@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["binary_poly_focal_loss", "poly_cross_entropy", "poly_focal_loss", "truncated_cross_entropy"]
+from paperclaims.kernels.losses.cut_cross_entropy import linear_cross_entropy
+
+__all__ = [
+    "binary_poly_focal_loss",
+    "linear_poly_cross_entropy",
+    "poly_cross_entropy",
+    "poly_focal_loss",
+    "truncated_cross_entropy",
+]
 
 
 def poly_cross_entropy(
@@ -52,6 +60,21 @@ def poly_cross_entropy(
         entropy = entropy.lerp(-log_p.mean(-1), label_smoothing)
         rest = rest.lerp((1 - 1 / logits.shape[-1]) * torch.ones_like(rest), label_smoothing)
     return _reduce(entropy + _polynomial(rest, eps), kept, reduction)
+
+
+def linear_poly_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, eps: float | Sequence[float] = 1.0, **settings) -> Tensor:
+    """`poly_cross_entropy(e @ c.T, targets, eps, ...)` without the matrix of logits.
+
+    Args:
+        e: embeddings, (..., d).
+        c: classifier, (v, d).
+        targets, eps: as in `poly_cross_entropy`; eps as numbers.
+        settings: further arguments of `linear_cross_entropy` (label_smoothing, ignore_index, reduction, bias and others).
+
+    Raises:
+        ValueError: what `linear_cross_entropy` refuses.
+    """
+    return linear_cross_entropy(e, c, targets, poly=eps, **settings)
 
 
 def poly_focal_loss(
@@ -118,7 +141,7 @@ def binary_poly_focal_loss(
     yes = targets == 1
     losses = _focal(-F.logsigmoid(torch.where(yes, logits, -logits)), eps, gamma)
     if alpha is not None:
-        losses = losses * torch.where(yes, alpha, 1 - alpha)
+        losses = torch.where(yes, alpha * losses, (1 - alpha) * losses)
     return _reduce(losses, torch.ones_like(yes), reduction)
 
 

@@ -7,6 +7,7 @@ logsumexp_v(C_v . E_i) - C_{x_i} . E_i; its gradient by the logits is softmax mi
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from paperclaims.kernels.backend import choose_backend
 from paperclaims.kernels.losses import cut_cross_entropy_torch as torch_body
 from paperclaims.kernels.losses.cut_cross_entropy_torch import Gradients, Options
+from paperclaims.kernels.losses.tiles import check_targets, kept, scale_, spread
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,6 +31,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    poly: float | Sequence[float] = (),
     reduction: str = "mean",
     shift: int = 0,
     filter_eps: float | str | None = None,
@@ -49,12 +53,15 @@ def linear_cross_entropy(
         bias: shape (v,), same dtype.
         softcap: bound of the logits; None: unbounded.
         label_smoothing: share of the target's weight that is spread over all words, in [0, 1].
+        z_loss: weight of the squared log-sum-exp that is added to every token's loss, at least 0 (PaLM's auxiliary z-loss).
+        poly: eps_1 to eps_N, or eps_1 alone, of sum_j eps_j (1 - p_t)^j that is added, p_t the target's probability (PolyLoss;
+            with a smoothing, 1 - p_t is the smoothed one).
         reduction: "mean" over the tokens not ignored (NaN where there is none), "sum", or "none".
         shift: the embedding at a position predicts the target `shift` positions later, along the last axis of `targets`.
-        filter_eps: leave a tile of logits out of the gradients where |softmax - target distribution| stays below this for
-            all of its tokens and words (the paper's gradient filtering). None, the default, is exact, and its time does not
-            depend on the values; "auto" is 1/32 of the dtype's epsilon, 2^-12 for bfloat16 as in the paper. The bias's
-            gradient is never filtered.
+        filter_eps: leave a tile of logits out of the gradients where the gradient by these (capped) logits stays below this for
+            all of its tokens and words: |softmax - target distribution| without `z_loss` and `poly`, the paper's gradient
+            filtering. None, the default, is exact, and its time does not depend on the values; "auto" is 1/32 of the dtype's
+            epsilon, 2^-12 for bfloat16 as in the paper. The bias's gradient is never filtered.
         filter_e, filter_c: whether the filter holds for the gradient by `e`, by `c`.
         sort_vocabulary: tiles of the backward pass take the words by average logit, so that a filter skips more of them.
         accumulate: the running sum of a gradient is kept in "fp32", "compensated" (Kahan, two numbers of the input's dtype)
@@ -79,7 +86,8 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:  # as autocast treats any product
         dtype = torch.get_autocast_dtype(e.device.type)
         e, c, bias = e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
-    _check(e, c, targets, bias, softcap, label_smoothing, reduction, shift, accumulate, gradients, tile)
+    poly = [float(eps) for eps in ([poly] if isinstance(poly, (int, float)) else poly)]
+    _check(e, c, targets, bias, softcap, label_smoothing, z_loss, poly, reduction, shift, accumulate, gradients, tile)
     backend = choose_backend(backend, e) if backend != "auto" or e.dtype != torch.float64 else "torch"
     form = _form_in_forward(e, gradients, backend, reduction, sort_vocabulary)
     eps = torch.finfo(e.dtype).eps / 32 if filter_eps == "auto" else filter_eps or 0.0
@@ -90,7 +98,19 @@ def linear_cross_entropy(
     n, (v, d) = targets.numel(), c.shape
     needs = [form and torch.is_grad_enabled() and x is not None and x.requires_grad for x in (e, c, bias)]
     tokens, words = tile or default_tile(n, v, d, e.element_size(), any(needs), eps > 0, backend)
-    settings = (softcap or 0.0, label_smoothing, ignore_index, reduction, eps, filter_e, filter_c, sort_vocabulary, accumulate)
+    settings = (
+        softcap or 0.0,
+        label_smoothing,
+        float(z_loss),
+        poly,
+        ignore_index,
+        reduction,
+        eps,
+        filter_e,
+        filter_c,
+        sort_vocabulary,
+        accumulate,
+    )
     loss = _operator(e.reshape(n, d), c, targets.reshape(n), bias, *needs, backend, *settings, tokens, words)[0]
     if reduction != "none":
         return loss
@@ -132,7 +152,7 @@ def cost(n: int, v: int, d: int, itemsize: int, gradients: bool = True, recomput
     return Cost(2 * n * v * d * (2 + passes), (passes + 1) * inputs + passes * (index + 8 * n))
 
 
-def _check(e, c, targets, bias, softcap, label_smoothing, reduction, shift, accumulate, gradients, tile) -> None:
+def _check(e, c, targets, bias, softcap, label_smoothing, z_loss, poly, reduction, shift, accumulate, gradients, tile) -> None:
     if e.ndim < 1 or c.ndim != 2 or e.shape[-1] != c.shape[1]:
         raise ValueError(f"e is (..., d) and c is (v, d), got {tuple(e.shape)} and {tuple(c.shape)}")
     if targets.shape != e.shape[:-1]:
@@ -151,6 +171,10 @@ def _check(e, c, targets, bias, softcap, label_smoothing, reduction, shift, accu
         raise ValueError(f"softcap is None or a positive number, got {softcap}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is in [0, 1], got {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss is a number from 0 on, got {z_loss}")
+    if not all(map(math.isfinite, poly)):
+        raise ValueError(f"poly is a number or some, all finite, got {poly}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', got {reduction!r}")
     if shift and not (targets.ndim and 0 <= shift < targets.shape[-1]):
@@ -172,8 +196,8 @@ def _form_in_forward(e: Tensor, gradients: str, backend: str, reduction: str, so
 
 _INPUTS = "Tensor e, Tensor c, Tensor targets, Tensor? bias"
 _SETTINGS = (
-    "str backend, float softcap, float label_smoothing, int ignore_index, str reduction, float filter_eps, bool filter_e, "
-    "bool filter_c, bool sort_vocabulary, str accumulate, SymInt tile_tokens, SymInt tile_words"
+    "str backend, float softcap, float label_smoothing, float z_loss, float[] poly, int ignore_index, str reduction, "
+    "float filter_eps, bool filter_e, bool filter_c, bool sort_vocabulary, str accumulate, SymInt tile_tokens, SymInt tile_words"
 )
 
 
@@ -181,33 +205,33 @@ _SETTINGS = (
     "paperclaims::cut_cross_entropy",
     mutates_args=(),
     schema=f"({_INPUTS}, bool form_e, bool form_c, bool form_bias, {_SETTINGS})"
-    " -> (Tensor loss, Tensor lse, Tensor grad_e, Tensor grad_c, Tensor grad_bias)",
+    " -> (Tensor loss, Tensor lse, Tensor pull, Tensor grad_e, Tensor grad_c, Tensor grad_bias)",
 )
 def _operator(e, c, targets, bias, form_e, form_c, form_bias, backend, *options):
-    """Reduced loss, log-sum-exp (n,), and the gradients that were asked for, empty otherwise."""
+    """Reduced loss, log-sum-exp (n,), and, empty otherwise, the pull (n,) of a polynomial and the gradients asked for."""
     options = Options(*options)
     valid = targets != options.ignore_index
-    _check_targets(targets, valid, len(c))
+    check_targets(targets, valid, len(c))
     count = valid.sum()
     formed = Gradients(None, None, None)
     if backend == "triton":
-        loss, lse = _triton_body().forward(e, c, targets, bias, options)
+        loss, lse, pull = _triton_body().forward(e, c, targets, bias, options)
     else:
-        kept = _kept(valid)
+        index = kept(valid)
         needs = form_e, form_c, form_bias
         if any(needs):
             tokens = count.clamp(min=1) if options.reduction == "mean" else torch.ones_like(count)
             scale = tokens.to(torch.promote_types(e.dtype, torch.float32)).reciprocal()
-            loss, lse, formed = torch_body.forward_and_gradients(e[kept], c, targets[kept], bias, scale, needs, options)
+            loss, lse, pull, formed = torch_body.forward_and_gradients(e[index], c, targets[index], bias, scale, needs, options)
         else:
-            loss, lse = torch_body.forward(e[kept], c, targets[kept], bias, options)
-        loss, lse = _spread(loss, kept, len(e)), _spread(lse, kept, len(e))
-        formed = formed._replace(e=_spread(formed.e, kept, len(e)))
+            loss, lse, pull = torch_body.forward(e[index], c, targets[index], bias, options)
+        loss, lse, pull = (spread(x, index, len(e)) for x in (loss, lse, pull))
+        formed = formed._replace(e=spread(formed.e, index, len(e)))
     if options.reduction == "mean":
         loss = loss.sum() / count
     elif options.reduction == "sum":
         loss = loss.sum()
-    return loss, lse, *(e.new_empty(0) if x is None else x for x in formed)
+    return loss, lse, *(e.new_empty(0) if x is None else x for x in (pull, *formed))
 
 
 @_operator.register_fake
@@ -216,17 +240,19 @@ def _(e, c, targets, bias, form_e, form_c, form_bias, backend, *options):
     wide = torch.promote_types(e.dtype, torch.float32)
     loss = e.new_empty(targets.shape if options.reduction == "none" else (), dtype=wide)
     shapes = zip((form_e, form_c, form_bias), (e, c, bias), strict=True)
-    return loss, e.new_empty(targets.shape, dtype=wide), *(x.new_empty(x.shape) if form else e.new_empty(0) for form, x in shapes)
+    lse, pull = e.new_empty(targets.shape, dtype=wide), e.new_empty(targets.shape, dtype=wide) if options.poly else e.new_empty(0)
+    return loss, lse, pull, *(x.new_empty(x.shape) if form else e.new_empty(0) for form, x in shapes)
 
 
 @torch.library.custom_op(
     "paperclaims::cut_cross_entropy_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, Tensor lse, bool need_e, bool need_c, bool need_bias, {_SETTINGS})"
+    schema=f"(Tensor grad, {_INPUTS}, Tensor lse, Tensor pull, bool need_e, bool need_c, bool need_bias, {_SETTINGS})"
     " -> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)",
 )
-def _backward_operator(grad, e, c, targets, bias, lse, need_e, need_c, need_bias, backend, *options):
+def _backward_operator(grad, e, c, targets, bias, lse, pull, need_e, need_c, need_bias, backend, *options):
     options = Options(*options)
+    pull = pull if options.poly else None
     valid, weights, scale = targets != options.ignore_index, None, grad
     if options.reduction == "mean":
         scale = grad / valid.sum().clamp(min=1)
@@ -236,25 +262,25 @@ def _backward_operator(grad, e, c, targets, bias, lse, need_e, need_c, need_bias
     needs = need_e, need_c, need_bias
     if backend == "triton":
         weights = valid.to(lse.dtype) if weights is None else torch.where(valid, weights, 0)
-        formed = _triton_body().backward(e, c, targets, bias, lse, weights, scale, needs, options)
+        formed = _triton_body().backward(e, c, targets, bias, lse, pull, weights, scale, needs, options)
     else:
-        kept = _kept(valid)
-        weights = None if weights is None else weights[kept]
-        formed = torch_body.backward(e[kept], c, targets[kept], bias, lse[kept], weights, scale, needs, options)
-        formed = formed._replace(e=_spread(formed.e, kept, len(e)))
+        index = kept(valid)
+        lse, pull, weights = (None if x is None else x[index] for x in (lse, pull, weights))
+        formed = torch_body.backward(e[index], c, targets[index], bias, lse, pull, weights, scale, needs, options)
+        formed = formed._replace(e=spread(formed.e, index, len(e)))
     return tuple(e.new_empty(0) if x is None else x for x in formed)
 
 
 @_backward_operator.register_fake
-def _(grad, e, c, targets, bias, lse, need_e, need_c, need_bias, backend, *options):
+def _(grad, e, c, targets, bias, lse, pull, need_e, need_c, need_bias, backend, *options):
     shapes = zip((need_e, need_c, need_bias), (e, c, bias), strict=True)
     return tuple(x.new_empty(x.shape) if need else e.new_empty(0) for need, x in shapes)
 
 
 def _setup_context(ctx, inputs, output):
     e, c, targets, bias, form_e, form_c, form_bias, *ctx.settings = inputs
-    _, lse, *formed = output
-    ctx.save_for_backward(e, c, targets, bias, lse)
+    _, lse, pull, *formed = output
+    ctx.save_for_backward(e, c, targets, bias, lse, pull)
     ctx.formed = [x.detach() for x in formed] if form_e or form_c or form_bias else None
     ctx.set_materialize_grads(False)  # the other outputs are as large as the inputs
 
@@ -270,7 +296,7 @@ def _differentiate(ctx, grad, *_):
     if ctx.formed is None or torch.is_grad_enabled():
         formed = _backward_operator(grad, *ctx.saved_tensors, *needs, *ctx.settings)
     elif type(grad) is Tensor:  # not while a graph is traced
-        formed, ctx.formed = [torch_body.scale_(x, grad) for x in ctx.formed], None
+        formed, ctx.formed = [scale_(x, grad) for x in ctx.formed], None
     else:
         formed = [x * grad for x in ctx.formed]
     by_e, by_c, by_bias = (x if need else None for x, need in zip(formed, needs, strict=True))
@@ -286,28 +312,8 @@ def _flops(e, c, targets, bias, form_e, form_c, form_bias, *_, **__) -> int:
 
 
 @register_flop_formula(torch.ops.paperclaims.cut_cross_entropy_backward)
-def _flops_backward(grad, e, c, targets, bias, lse, need_e, need_c, *_, **__) -> int:
+def _flops_backward(grad, e, c, targets, bias, lse, pull, need_e, need_c, *_, **__) -> int:
     return 2 * e[0] * c[0] * c[1] * (1 + need_e + need_c)
-
-
-def _check_targets(targets: Tensor, valid: Tensor, words: int) -> None:
-    fits = (~valid | ((targets >= 0) & (targets < words))).all()
-    if targets.is_cuda:  # reports without waiting for the device
-        torch._assert_async(fits, f"targets are in [0, {words}) or ignore_index")
-    elif not fits:
-        raise ValueError(f"targets are in [0, {words}) or ignore_index, got {targets.min().item()} to {targets.max().item()}")
-
-
-def _kept(valid: Tensor) -> Tensor | slice:
-    """Index of the tokens that are not ignored; everything, without a copy, where none is."""
-    return slice(None) if valid.all() else valid.nonzero()[:, 0]
-
-
-def _spread(kept_values: Tensor | None, kept: Tensor | slice, length: int) -> Tensor | None:
-    """Values of the kept tokens at their places among `length`, zero elsewhere."""
-    if kept_values is None or isinstance(kept, slice):
-        return kept_values
-    return kept_values.new_zeros(length, *kept_values.shape[1:]).index_copy_(0, kept, kept_values)
 
 
 def _triton_body():

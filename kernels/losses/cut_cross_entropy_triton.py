@@ -19,37 +19,49 @@ from torch import Tensor
 
 from paperclaims.kernels.backend import Launch
 from paperclaims.kernels.backend import launch as start_kernel
-from paperclaims.kernels.losses.cut_cross_entropy_torch import Gradients, Options, inverse, scale_, vocabulary_order
-
-PROGRAMS = 512  # of the loss kernel, about four for each multiprocessor of a large GPU
+from paperclaims.kernels.losses.cut_cross_entropy_torch import (
+    Gradients,
+    Options,
+    epilogue,
+    inverse,
+    push,
+    vocabulary_order,
+)
+from paperclaims.kernels.losses.tiles import scale_
+from paperclaims.kernels.losses.tiles_triton import (
+    add_log_sum_exp,
+    check,
+    chunk_words,
+    dense,
+    dot_tile,
+    parts,
+    product,
+    tile_constants,
+)
 
 
 def forward(
     e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options, launch: Launch = start_kernel
-) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every token, each (n,), float32; an ignored token's loss is 0."""
-    _check(e, options, launch)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, log-sum-exp and `epilogue`'s pull of every token, each (n,), float32; loss and pull of an ignored token are 0."""
+    check(e, _tile(options), launch)
     (n, d), v = e.shape, len(c)
-    targets, bias = _dense(targets), _dense(bias)
-    blocks_n, blocks_v = triton.cdiv(n, options.tile_tokens), triton.cdiv(v, options.tile_words)
-    parts = max(1, min(blocks_v, PROGRAMS // max(blocks_n, 1)))
-    words = triton.cdiv(blocks_v, parts) * options.tile_words
-    parts = triton.cdiv(v, words)
-    partial = e.new_empty((parts, n), dtype=torch.float32)
+    targets, bias = dense(targets), dense(bias)
+    blocks_n, number, words = parts(n, v, _tile(options))
+    partial = e.new_empty((number, n), dtype=torch.float32)
     total = torch.empty_like(partial) if options.label_smoothing else None
     target_logit = e.new_zeros(n, dtype=torch.float32)
     launch(
         _loss_kernel,
-        (blocks_n * parts,),
+        (blocks_n * number,),
         *(e, c, bias, targets, partial, target_logit, total, n, v, d, words, *e.stride(), *c.stride(), options.softcap),
         **_tile_constants(e, bias, options),
         SMOOTH=options.label_smoothing > 0,
     )
     lse = partial.logsumexp(0)
-    loss = lse - (1 - options.label_smoothing) * target_logit
-    if total is not None:
-        loss -= options.label_smoothing / v * total.sum(0)
-    return loss.masked_fill_(targets == options.ignore_index, 0), lse
+    loss, pull = epilogue(lse, target_logit, None if total is None else total.sum(0), v, options)
+    ignored = targets == options.ignore_index
+    return loss.masked_fill_(ignored, 0), lse, None if pull is None else pull.masked_fill_(ignored, 0)
 
 
 def backward(
@@ -58,6 +70,7 @@ def backward(
     targets: Tensor,
     bias: Tensor | None,
     lse: Tensor,
+    pull: Tensor | None,
     weights: Tensor,
     scale: Tensor,
     needs: Sequence[bool],
@@ -65,7 +78,7 @@ def backward(
     launch: Launch = start_kernel,
     chunk: int | None = None,
 ) -> Gradients:
-    """Gradients of `scale * (weights * loss).sum()`, every tile of logits computed again from `lse` (n,).
+    """Gradients of `scale * (weights * loss).sum()`, every tile of logits computed again from `lse` and `pull` (n,).
 
     Args:
         weights: one a token, (n,), at most 1 in size, 0 where ignored.
@@ -73,9 +86,10 @@ def backward(
         needs: which of the gradients by e, c and bias to form.
         chunk: words whose gradients of logits are held at once; None: by `chunk_words`.
     """
-    _check(e, options, launch)
+    check(e, _tile(options), launch)
     (n, d), v = e.shape, len(c)
-    targets, bias, lse, weights = (_dense(x) for x in (targets, bias, lse, weights))
+    targets, bias, lse, pull, weights = (dense(x) for x in (targets, bias, lse, pull, weights))
+    factor = push(lse, pull, options) if options.z_loss or pull is not None else None
     chunk = min(chunk or chunk_words(n, v, d, e.element_size(), options.accumulate), v)
     filtered = options.filter_eps > 0
     g = e.new_empty(n, chunk)
@@ -100,98 +114,34 @@ def backward(
         launch(
             _gradient_kernel,
             (blocks_n * triton.cdiv(width, options.tile_words),),
-            *(e, classifier, bias if bias is None or order is not None else bias[start:], place, lse, weights, g, flags, index),
+            *(e, classifier, bias if bias is None or order is not None else bias[start:], place, lse, factor, pull),
+            *(weights, g, flags, index),
             *(n, width, d, start, *e.stride(), *c.stride(), g.stride(0), blocks_v),
             *(options.softcap, options.label_smoothing, options.label_smoothing / v, options.filter_eps),
             **_tile_constants(e, bias, options),
             FILTER=filtered,
             INDEXED=order is not None,
+            HAS_PUSH=factor is not None,
+            HAS_PULL=pull is not None,
         )
         if needs[1]:
             out = dc[start:] if order is None else dc
             skip = flags.T if filtered and options.filter_c else None
-            _product(g.T[:width], e, out, None, skip, index, None, scale, options, launch)
+            product(g.T[:width], e, out, None, skip, index, None, scale, _tile(options), launch)
         if needs[0]:
             skip = flags if filtered and options.filter_e else None
-            _product(g[:, :width], classifier, de, lost, skip, None, index, None, options, launch)
+            product(g[:, :width], classifier, de, lost, skip, None, index, None, _tile(options), launch)
         if needs[2]:
             dbias[rows] = (g[:, :width].sum(0, dtype=torch.float32) * scale).to(dbias.dtype)
     return Gradients(scale_(de, scale).to(e.dtype) if needs[0] else None, dc, dbias)
 
 
-def chunk_words(n: int, v: int, d: int, itemsize: int, accumulate: str) -> int:
-    """Words whose gradients of logits are held at once, for n tokens, v words and d dimensions of `itemsize` bytes.
-
-    With what the running sum of the embeddings' gradient needs beyond its result, they take at most 4.5% of the gradients'
-    own bytes, 9.5% where the sum is float32 and the inputs are not, but at least 1024 words.
-    """
-    wide = accumulate == "fp32" and itemsize < 4
-    running = n * d * (4 if wide else itemsize if accumulate == "compensated" else 0)
-    room = (n + v) * d * itemsize * (0.095 if wide else 0.045) - running
-    return max(1024, int(room / max(n * itemsize, 1)) // 128 * 128)
-
-
-def _product(a, b, out, lost, flags, row_index, inner_index, scale, options: Options, launch: Launch) -> None:
-    """out[row_index] = scale * a @ b[inner_index]; without a scale, out += a @ b[inner_index].
-
-    `flags` (blocks of rows, blocks of the inner dimension): blocks of `a` that are 0 there are skipped; None: none is.
-    """
-    (rows, inner), columns = a.shape, b.shape[1]
-    half, add = a.element_size() < 4, scale is None
-    tile_rows, tile_inner = (options.tile_tokens, options.tile_words)[:: 1 if add else -1]
-    block_columns = _block(columns, 128 if half else 64)
-    launch(
-        _product_kernel,
-        (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, block_columns),),
-        *(a, b, out, lost, flags, row_index, inner_index, scale, rows, inner, columns),
-        *(*a.stride(), *b.stride(), *out.stride(), *((0, 0) if flags is None else flags.stride())),
-        ADD=add,
-        COMPENSATED=lost is not None,
-        FILTER=flags is not None,
-        ROW_INDEXED=row_index is not None,
-        INNER_INDEXED=inner_index is not None,
-        TILE_INNER=tile_inner,
-        BLOCK_R=tile_rows,
-        BLOCK_K=min(tile_inner, 64 if half else 32),
-        BLOCK_C=block_columns,
-        **_machine(a),
-    )
-
-
-def _check(e: Tensor, options: Options, launch: Launch) -> None:
-    if e.dtype == torch.float64:
-        raise ValueError("backend='triton' takes 16-bit and float32 inputs, got float64: use backend='torch'")
-    if e.dtype == torch.bfloat16 and launch is start_kernel and not e.is_cuda:
-        raise ValueError("the interpreter has no bfloat16 products: use float32 or float16, or backend='torch'")
-    for size in (options.tile_tokens, options.tile_words):
-        if size < 16 or size & (size - 1):
-            raise ValueError(f"tiles of the Triton body are powers of two from 16 on, got {size}")
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    """A vector as the kernels read it: its entries side by side."""
-    return None if vector is None else vector.contiguous()
-
-
 def _tile_constants(e: Tensor, bias: Tensor | None, options: Options) -> dict:
-    return {
-        "HAS_BIAS": bias is not None,
-        "HAS_CAP": options.softcap > 0,
-        "BLOCK_N": options.tile_tokens,
-        "BLOCK_V": options.tile_words,
-        "BLOCK_D": _block(e.shape[1], 64 if e.element_size() < 4 else 32),
-        **_machine(e),
-    }
+    return {"HAS_BIAS": bias is not None, "HAS_CAP": options.softcap > 0, **tile_constants(e, _tile(options))}
 
 
-def _machine(tensor: Tensor) -> dict:
-    half = tensor.element_size() < 4
-    exact = half or not torch.backends.cuda.matmul.allow_tf32
-    return {"PRECISION": "ieee" if exact else "tf32", "num_warps": 8 if half else 4, "num_stages": 3 if half else 2}
-
-
-def _block(length: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(length), 16), most)
+def _tile(options: Options) -> tuple[int, int]:
+    return options.tile_tokens, options.tile_words
 
 
 @triton.jit
@@ -201,15 +151,7 @@ def _logits(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Capped logits of the rows n of E and v of C, float32."""
-    d = tl.arange(0, BLOCK_D)
-    e_rows = E + n.to(tl.int64)[:, None] * e_n
-    c_rows = C + v.to(tl.int64)[None, :] * c_v
-    tile = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        inside = start + d < D
-        x = tl.load(e_rows + (start + d)[None, :] * e_d, mask=in_n[:, None] & inside[None, :], other=0.0)
-        w = tl.load(c_rows + (start + d)[:, None] * c_d, mask=inside[:, None] & in_v[None, :], other=0.0)
-        tile = tl.dot(x, w, tile, input_precision=PRECISION)
+    tile = dot_tile(E, C, n, v, in_n, in_v, D, e_n, e_d, c_v, c_d, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION)
     if HAS_BIAS:
         tile += tl.load(Bias + v, mask=in_v, other=0.0).to(tl.float32)[None, :]
     if HAS_CAP:
@@ -241,10 +183,7 @@ def _loss_kernel(
         if SMOOTH:
             plain += tl.sum(tl.where(in_v[None, :], tile, 0.0), 1)
         tile = tl.where(in_v[None, :], tile, float("-inf"))
-        new = tl.maximum(most, tl.max(tile, 1))
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(most - shift) + tl.sum(tl.exp(tile - shift[:, None]), 1)
-        most = new
+        most, total = add_log_sum_exp(tile, most, total)
         logit = tl.sum(tl.where(target[:, None] == v[None, :], tile, 0.0), 1)
         tl.store(TargetLogit + n, logit, mask=in_n & (target >= start) & (target < start + BLOCK_V))
     tl.store(Partial + part.to(tl.int64) * N + n, most + tl.log(total), mask=in_n)
@@ -254,10 +193,10 @@ def _loss_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    E, C, Bias, Place, Lse, Weights, G, Flags, Index, N, W, D, start, e_n, e_d, c_v, c_d, g_n, flags_n,
+    E, C, Bias, Place, Lse, Push, Pull, Weights, G, Flags, Index, N, W, D, start, e_n, e_d, c_v, c_d, g_n, flags_n,
     softcap, smoothing, uniform, filter_eps,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, FILTER: tl.constexpr, INDEXED: tl.constexpr,
+    PRECISION: tl.constexpr, FILTER: tl.constexpr, INDEXED: tl.constexpr, HAS_PUSH: tl.constexpr, HAS_PULL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the weighted loss by a tile of uncapped logits, and whether the filter keeps the tile."""
     blocks = tl.cdiv(N, BLOCK_N)
@@ -272,8 +211,14 @@ def _gradient_kernel(
     lse = tl.load(Lse + n, mask=in_n, other=float("inf"))
     place = tl.load(Place + n, mask=in_n, other=-1)
     weight = tl.load(Weights + n, mask=in_n, other=0.0)
-    g = tl.exp(tile - lse[:, None]) - uniform
-    g -= tl.where(place[:, None] == (start + j)[None, :], 1 - smoothing, 0.0)
+    g = tl.exp(tile - lse[:, None])
+    if HAS_PUSH:
+        g *= tl.load(Push + n, mask=in_n, other=0.0)[:, None]
+    g -= uniform
+    own = tl.full((BLOCK_N,), 1 - smoothing, dtype=tl.float32)
+    if HAS_PULL:
+        own += tl.load(Pull + n, mask=in_n, other=0.0)
+    g -= tl.where(place[:, None] == (start + j)[None, :], own[:, None], 0.0)
     inside = in_n[:, None] & in_v[None, :]
     if FILTER:
         most = tl.max(tl.max(tl.where(inside & (weight != 0)[:, None], tl.abs(g), 0.0), 1), 0)
@@ -283,55 +228,3 @@ def _gradient_kernel(
         g *= 1 - slope * slope
     g *= weight[:, None]
     tl.store(G + n.to(tl.int64)[:, None] * g_n + j[None, :], g.to(G.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _product_kernel(
-    A, B, Out, Lost, Flags, RowIndex, InnerIndex, Scale, R, K, D, a_r, a_k, b_k, b_d, o_r, o_d, f_r, f_k,
-    ADD: tl.constexpr, COMPENSATED: tl.constexpr, FILTER: tl.constexpr, ROW_INDEXED: tl.constexpr,
-    INNER_INDEXED: tl.constexpr, TILE_INNER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One block of a product over all of its inner dimension, added to the output or scaled and written."""
-    blocks = tl.cdiv(R, BLOCK_R)
-    pid_r, pid_d = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = pid_d * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_r, in_d = r < R, d < D
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if FILTER:
-            if tl.load(Flags + pid_r * f_r + (start // TILE_INNER) * f_k) != 0:
-                total = _product_step(
-                    A, B, InnerIndex, total, r, d, start, in_r, in_d, K, a_r, a_k, b_k, b_d, INNER_INDEXED, BLOCK_K, PRECISION
-                )  # fmt: skip
-        else:
-            total = _product_step(
-                A, B, InnerIndex, total, r, d, start, in_r, in_d, K, a_r, a_k, b_k, b_d, INNER_INDEXED, BLOCK_K, PRECISION
-            )  # fmt: skip
-    rows = tl.load(RowIndex + r, mask=in_r, other=0) if ROW_INDEXED else r
-    place = rows.to(tl.int64)[:, None] * o_r + d[None, :] * o_d
-    inside = in_r[:, None] & in_d[None, :]
-    if ADD:
-        before = tl.load(Out + place, mask=inside, other=0.0).to(tl.float32)
-        if COMPENSATED:
-            total -= tl.load(Lost + place, mask=inside, other=0.0).to(tl.float32)
-        after = (before + total).to(Out.dtype.element_ty)
-        if COMPENSATED:
-            tl.store(Lost + place, ((after.to(tl.float32) - before) - total).to(Lost.dtype.element_ty), mask=inside)
-    else:
-        after = (total * tl.load(Scale)).to(Out.dtype.element_ty)
-    tl.store(Out + place, after, mask=inside)
-
-
-@triton.jit
-def _product_step(
-    A, B, InnerIndex, total, r, d, start, in_r, in_d, K, a_r, a_k, b_k, b_d,
-    INNER_INDEXED: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    k = start + tl.arange(0, BLOCK_K)
-    in_k = k < K
-    rows = tl.load(InnerIndex + k, mask=in_k, other=0) if INNER_INDEXED else k
-    a = tl.load(A + r.to(tl.int64)[:, None] * a_r + k.to(tl.int64)[None, :] * a_k, mask=in_r[:, None] & in_k[None, :], other=0.0)
-    b = tl.load(B + rows.to(tl.int64)[:, None] * b_k + d[None, :] * b_d, mask=in_k[:, None] & in_d[None, :], other=0.0)
-    return tl.dot(a, b, total, input_precision=PRECISION)

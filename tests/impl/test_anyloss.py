@@ -193,6 +193,14 @@ def test_dtypes(dtype):
         assert loss.item() == pytest.approx(expected, abs=8 * torch.finfo(dtype).eps)
 
 
+def test_half_precision_holds_large_batches():
+    logits, targets = make(100_000, rate=0.5)
+    for name in METRICS:
+        expected = any_loss(logits.half().double(), targets, name).item()
+        assert any_loss(logits.half(), targets, name).item() == pytest.approx(expected, abs=2e-3)
+    assert confusion(torch.ones(100_000, dtype=torch.float16), torch.ones(100_000)).tp.item() == 100_000
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -201,6 +209,12 @@ def test_dtypes(dtype):
         (lambda z, y: any_loss(z.long(), y), "floating point"),
         (lambda z, y: any_loss(z, y, amplification=-1.0), "amplification"),
         (lambda z, y: any_loss(z, y, amplification=math.nan), "amplification"),
+        (lambda z, y: any_loss(z, y, amplification=math.inf), "amplification"),
+        (lambda z, y: any_loss(z, 2 * y - 1), "targets are in"),
+        (lambda z, y: any_loss(z, y + 0.5), "targets are in"),
+        (lambda z, y: any_loss(z, y.to(torch.complex64)), "targets are in"),
+        (lambda z, y: hard_metric(z.long(), y), "floating point"),
+        (lambda z, y: confusion(z.sigmoid() > 0.5, y), "floating point"),
         (lambda z, y: any_loss(z, y[:, :2]), "do not fit"),
         (lambda z, y: any_loss(z, y[:, :1]), "at least one point"),
         (lambda z, y: any_loss(z[:, :1], y), "at least one point"),

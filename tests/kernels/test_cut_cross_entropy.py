@@ -33,13 +33,21 @@ def make_peaked(n=64, v=80, d=24, dtype=torch.float32, device="cpu", shuffle=Fal
     return e.to(device, dtype).requires_grad_(), c[order].to(device, dtype).requires_grad_(), targets.to(device)
 
 
-def reference(leaves, targets, upstream=None, *, softcap=None, **settings):
+def reference(leaves, targets, upstream=None, *, softcap=None, z_loss=0.0, poly=(), reduction="mean", **settings):
     """Loss and gradients from all logits at once, in float64."""
     e, c, bias = (x.detach().double().requires_grad_() for x in leaves)
     logits = e @ c.T + bias
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    loss = F.cross_entropy(logits, targets.long(), **settings)
+    loss = F.cross_entropy(logits, targets.long(), reduction="none", **settings) + z_loss * logits.logsumexp(1).square()
+    log_p, smoothing = logits.log_softmax(1), settings.get("label_smoothing", 0.0)
+    share = torch.full_like(log_p, smoothing / logits.shape[1])
+    share.scatter_add_(1, targets.clamp(min=0).long()[:, None], torch.full_like(loss, 1 - smoothing)[:, None])
+    rest = 1 - (share * log_p.exp()).sum(1)
+    loss = loss + sum((eps * rest**j for j, eps in enumerate(poly, 1)), torch.zeros_like(rest))
+    valid = targets != settings.get("ignore_index", -100)
+    loss = loss.where(valid, 0)
+    loss = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / valid.sum()}[reduction]
     grads = torch.autograd.grad(loss, (e, c, bias), torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), grads
 
@@ -72,6 +80,8 @@ SETTINGS = {
     "reduction": ["mean", "sum", "none"],
     "softcap": [None, 2.0],
     "label_smoothing": [0.0, 0.1],
+    "z_loss": [0.0, 0.02],
+    "poly": [(), (1.5, -0.7, 0.4)],
     "ignored": [False, True],
     "sort_vocabulary": [False, True],
     "accumulate": ["fp32", "compensated", "input"],
@@ -106,7 +116,7 @@ def run_both(leaves, targets, one, **settings):
         if settings.pop("ignored")
         else targets
     )
-    shared = {name: settings[name] for name in ("reduction", "softcap", "label_smoothing")}
+    shared = {name: settings[name] for name in ("reduction", "softcap", "label_smoothing", "z_loss", "poly")}
     upstream = (
         torch.linspace(-1, 2, len(targets), dtype=torch.float64) if one["reduction"] == "none" else torch.tensor(-1.5).double()
     )
@@ -114,9 +124,10 @@ def run_both(leaves, targets, one, **settings):
     return ours(leaves, targets, upstream, **settings), reference(leaves, targets, upstream, **shared)
 
 
-def test_every_combination_in_float64():
+def test_combinations_of_settings_in_float64():
+    """All of cross-entropy's own; with the terms that are added, every pair."""
     leaves, targets = make()
-    for one in every_combination():
+    for one in (*every_combination(z_loss=[0.0], poly=[()]), *pairwise()):
         assert_same(*run_both(leaves, targets, one, backend="torch", tile=(16, 32)), torch.float64)
 
 
@@ -191,15 +202,16 @@ def test_all_ignored(backend, gradients):
 
 @pytest.mark.parametrize("backend", BODIES)
 @pytest.mark.parametrize("factor", [1e4, -1e4, 0.0])
-def test_extreme_logits_and_ties(backend, factor):
+@pytest.mark.parametrize("poly", [(), (0.5, 2.0)], ids=["plain", "poly"])
+def test_extreme_logits_and_ties(backend, factor, poly):
     n, v, d = 17, 33, 4
     e, c = torch.ones(n, d, device=DEVICE), torch.zeros(v, d, device=DEVICE)
     c[::7] = factor / d  # several words share the largest (or smallest) logit
     leaves = [x.requires_grad_() for x in (e, c, torch.zeros(v, device=DEVICE))]
     targets = torch.arange(n, device=DEVICE) % v
     for gradients in ("backward", *(["forward"] if backend == "torch" else [])):
-        loss, grads = ours(leaves, targets, backend=backend, gradients=gradients, tile=(16, 16))
-        true_loss, true_grads = reference(leaves, targets)
+        loss, grads = ours(leaves, targets, poly=poly, backend=backend, gradients=gradients, tile=(16, 16))
+        true_loss, true_grads = reference(leaves, targets, poly=poly)
         assert_near(loss, true_loss, torch.float32)
         for grad, true in zip(grads, true_grads, strict=True):  # a log-sum-exp near 1e4 is only known to float32's spacing there
             assert_near(grad, true, torch.float32, tolerance=4e-6 + abs(factor) * torch.finfo(torch.float32).eps)
@@ -211,7 +223,9 @@ def test_words_that_a_bias_forbids(backend):
     with torch.no_grad():
         bias[:20] = -torch.inf
     targets = targets % 20 + 20
-    assert_same(ours((e, c, bias), targets, backend=backend, tile=(16, 16)), reference((e, c, bias), targets), torch.float32)
+    for terms in ({}, {"z_loss": 0.1, "poly": (0.5, 2.0)}):
+        result = ours((e, c, bias), targets, backend=backend, tile=(16, 16), **terms)
+        assert_same(result, reference((e, c, bias), targets, **terms), torch.float32)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -313,7 +327,17 @@ def test_gradcheck(gradients, softcap):
     for reduction in ("mean", "sum", *(["none"] if gradients == "backward" else [])):
         assert torch.autograd.gradcheck(
             lambda e, c, b, reduction=reduction: linear_cross_entropy(
-                e, c, targets, bias=b, softcap=softcap, label_smoothing=0.1, reduction=reduction, gradients=gradients, tile=(2, 3)
+                e,
+                c,
+                targets,
+                bias=b,
+                softcap=softcap,
+                label_smoothing=0.1,
+                z_loss=0.1,
+                poly=[0.8, -0.5],
+                reduction=reduction,
+                gradients=gradients,
+                tile=(2, 3),
             ),
             leaves,
             nondet_tol=1e-12,  # a second backward through gradients formed in the forward pass computes them from tiles
@@ -323,17 +347,18 @@ def test_gradcheck(gradients, softcap):
 @pytest.mark.parametrize("backend", BODIES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("form", [False, True])
-def test_opcheck(backend, reduction, form):
+@pytest.mark.parametrize("poly", [(), (0.5, 2.0)], ids=["plain", "poly"])
+def test_opcheck(backend, reduction, form, poly):
     if form and (backend == "triton" or reduction == "none"):
         pytest.skip("gradients are formed in the forward pass by the PyTorch body for a scalar")
     (e, c, bias), targets = make(9, 20, 5, torch.float32, DEVICE)
-    options = Options(softcap=3.0, reduction=reduction, tile_tokens=16, tile_words=16)
+    options = Options(softcap=3.0, z_loss=0.1, poly=poly, reduction=reduction, tile_tokens=16, tile_words=16)
     for b in (bias, None):
         arguments = (e, c, targets, b, form, form, form and b is not None, backend, *options)
         torch.library.opcheck(torch.ops.paperclaims.cut_cross_entropy, arguments)
     grad = torch.ones((9,) if reduction == "none" else (), device=DEVICE)
     leaves = [x.detach() for x in (e, c, bias)]
-    arguments = (grad, *leaves[:2], targets, leaves[2], torch.ones(9, device=DEVICE), True, True, True, backend, *options)
+    arguments = (grad, *leaves[:2], targets, leaves[2], *torch.ones(2, 9, device=DEVICE), True, True, True, backend, *options)
     torch.library.opcheck(torch.ops.paperclaims.cut_cross_entropy_backward, arguments)
 
 
@@ -391,13 +416,13 @@ def test_no_gradient_is_formed_where_none_is_wanted():
 def test_flop_formula_counts_what_the_body_does(needs):
     (e, c, bias), targets = make(24, 48, 8)
     options = Options(tile_tokens=8, tile_words=16)
-    one, lse = torch.ones((), dtype=torch.float64), torch.ones(24, dtype=torch.float64)
+    one, lse, pull = torch.ones((), dtype=torch.float64), torch.ones(24, dtype=torch.float64), torch.empty(0)
     with torch.no_grad():
         arguments = e, c, targets, bias
         body = count_flops(lambda: torch_body.forward_and_gradients(*arguments, one, needs, options))
         assert count_flops(lambda: torch.ops.paperclaims.cut_cross_entropy(*arguments, *needs, "torch", *options)) == body
-        body = count_flops(lambda: torch_body.backward(*arguments, lse, None, one, needs, options))
-        arguments = one, *arguments, lse
+        body = count_flops(lambda: torch_body.backward(*arguments, lse, None, None, one, needs, options))
+        arguments = one, *arguments, lse, pull
         assert (
             count_flops(lambda: torch.ops.paperclaims.cut_cross_entropy_backward(*arguments, *needs, "torch", *options)) == body
         )
@@ -454,6 +479,9 @@ BAD = {
     "no words": ({"c": torch.zeros(0, 3)}, "at least one word"),
     "softcap": ({"softcap": 0.0}, "softcap"),
     "smoothing": ({"label_smoothing": 1.5}, "label_smoothing"),
+    "z-loss": ({"z_loss": -1.0}, "z_loss"),
+    "poly": ({"poly": float("nan")}, "poly"),
+    "poly among some": ({"poly": [1.0, float("inf")]}, "poly"),
     "reduction": ({"reduction": "median"}, "reduction"),
     "shift": ({"shift": 2}, "shift"),
     "negative shift": ({"shift": -1}, "shift"),
