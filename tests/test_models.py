@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from paperclaims.fixtures import optional
+from paperclaims.fixtures.models import arithmetic_reasoner as reasoner
 from paperclaims.fixtures.models import ge2e, minilm, smollm2
 
 
@@ -202,3 +203,130 @@ def test_mel_filters_have_equal_area():
 def test_mel_frames_refuse_silence_of_no_length():
     with pytest.raises(ValueError, match="at least one sample"):
         ge2e.mel_frames(torch.zeros(2, 0))
+
+
+# The tiny reasoner
+
+
+def test_reasoner_remembers_what_it_read():
+    """Token by token with a memory, the logits are those of one pass."""
+    model = reasoner.Reasoner(torch.Generator().manual_seed(0))
+    given = reasoner.problems(np.random.default_rng(0), 5)
+    tokens, places, _ = map(torch.tensor, reasoner.write(np.random.default_rng(1), uniform(), given, 12))
+    operations = torch.tensor(given.operations)
+    memory = torch.empty(reasoner.LAYERS, 2, 5, reasoner.HEADS, 12, reasoner.WIDTH // reasoner.HEADS)
+    with torch.no_grad():
+        whole = model(operations, tokens, places)
+        pieces = [model(operations, tokens[:, t : t + 1], places[:, t : t + 1], memory, t) for t in range(12)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    target = tokens[:, 1:]
+    expected = whole[:, :-1].log_softmax(-1).gather(-1, target[..., None])[..., 0] * (target != reasoner.PAD)
+    found = reasoner.log_probabilities(model, operations, tokens, places)
+    torch.testing.assert_close(found, expected[:, : found.shape[1]])
+
+
+def uniform() -> np.ndarray:
+    shape = reasoner.facts().shape
+    return np.full((*shape, reasoner.MODULUS), 1 / reasoner.MODULUS)
+
+
+@pytest.mark.parametrize("phrase", [None, reasoner.SURE])
+def test_reasoner_samples_what_it_says(phrase):
+    """Chains of an untrained model, read one token at a time."""
+    model = reasoner.Reasoner(torch.Generator().manual_seed(1)).requires_grad_(False)
+    given = reasoner.problems(np.random.default_rng(2), 40)
+    chains = reasoner.sample(model, given, 3, limit=40, inject=phrase)
+    assert (chains.thoughts > 1).any()
+    assert (chains.tokens == reasoner.END).any()
+    for row in range(40):
+        thoughts, place, last = 0, 0, None
+        for t in range(1, 41):
+            before, token = (int(chains.tokens[row, t - i]) for i in (1, 0))
+            if token == reasoner.PAD:
+                assert (chains.tokens[row, t:] == reasoner.PAD).all()
+                assert before < reasoner.MODULUS
+                assert chains.places[row, t - 1] == reasoner.DONE
+                break
+            spoken = before in (reasoner.SURE, reasoner.WELL)
+            if phrase is not None and before < reasoner.MODULUS and 0 < place < reasoner.DONE:
+                assert token == phrase
+            if token < reasoner.MODULUS:
+                assert place != reasoner.STEPS
+                place = min(place + 1, reasoner.STEPS) if place < reasoner.STEPS else place
+                last = token
+            elif token == reasoner.RECHECK:
+                assert before < reasoner.MODULUS or spoken
+                place -= 1
+            elif token in (reasoner.WAIT, reasoner.END):
+                assert place == reasoner.STEPS
+                assert chains.answers[row, thoughts] == last
+                assert chains.cost[row, thoughts] == t - 1
+                asked = [*chains.tokens[row, :t], reasoner.END], [*chains.places[row, :t], reasoner.DONE]
+                logits = model(torch.tensor(given.operations[[row]]), *(torch.tensor([[*map(int, part)]]) for part in asked))
+                expected = logits[0, -1, : reasoner.MODULUS].double().softmax(-1)
+                torch.testing.assert_close(torch.tensor(chains.forced[row, thoughts]), expected, rtol=1e-4, atol=1e-5)
+                if token == reasoner.END and t < 40:
+                    assert chains.tokens[row, t + 1] == expected.argmax()
+                thoughts += 1
+                place = 0 if token == reasoner.WAIT else reasoner.DONE
+            else:
+                assert not spoken
+            assert chains.places[row, t] == place
+        assert chains.thoughts[row] == thoughts
+        assert (chains.answers[row, thoughts:] == -1).all()
+
+
+def test_reasoner_stops_and_is_stopped():
+    """A chain of one thought is the start of the whole one; an END behind a thought costs two tokens more."""
+    model = reasoner.Reasoner(torch.Generator().manual_seed(1)).requires_grad_(False)
+    given = reasoner.problems(np.random.default_rng(2), 300)
+    whole, first = (reasoner.sample(model, given, 3, limit=40, most=most) for most in (None, 1))
+    np.testing.assert_array_equal(first.thoughts, whole.thoughts.clip(max=1))
+    np.testing.assert_array_equal(first.cost[:, 0], whole.cost[:, 0])
+    np.testing.assert_allclose(first.forced[:, 0], whole.forced[:, 0], rtol=1e-4, atol=1e-6)
+    written = np.arange(41) <= first.cost[:, :1]
+    np.testing.assert_array_equal(first.tokens[written], whole.tokens[written])
+    done = whole.thoughts > 0
+    row = np.flatnonzero(done & (whole.tokens == reasoner.END).any(1))
+    tokens, right = reasoner.ended(given, whole, np.full(300, 40))
+    last = (whole.tokens != reasoner.PAD).sum(1) - 1
+    np.testing.assert_array_equal(tokens[row], np.where(whole.tokens[row, last[row]] == reasoner.END, last[row] + 1, last[row]))
+    tokens, right = reasoner.ended(given, whole, np.zeros(300, dtype=np.int64))
+    np.testing.assert_array_equal(tokens, whole.cost[:, 0] + 2)
+    np.testing.assert_array_equal(right, whole.forced[:, 0].argmax(-1) == given.answer)
+    for budget in (1, 12, 1000):
+        stop = reasoner.budget_stop(whole, budget)
+        spent, _ = reasoner.ended(given, whole, stop)
+        assert (spent[stop > 0] <= budget).all()
+        more, _ = reasoner.ended(given, whole, stop + 1)
+        longer = done & (stop + 1 < whole.thoughts)
+        assert (more[longer] > budget).all()
+
+
+def test_reasoner_learns_from_chains_of_the_stated_kind():
+    """Rechecks follow the writer's doubt, ends follow nothing, SURE stands behind believed values, truth behind END."""
+    rng = np.random.default_rng(4)
+    logits = torch.tensor(6 * rng.normal(size=(*reasoner.facts().shape, reasoner.MODULUS)))
+    belief, n = logits.softmax(-1).numpy(), 4000
+    given = reasoner.problems(rng, n)
+    tokens, places, drawn_from = reasoner.write(rng, belief, given, 64)
+    written = tokens[:, 1:] != reasoner.PAD
+    np.testing.assert_allclose(drawn_from.sum(-1), written, atol=1e-6)
+    assert (np.take_along_axis(drawn_from, tokens[:, 1:, None], -1)[written] > 0).all()
+    row, end = np.nonzero(tokens[:, :-1] == reasoner.END)
+    assert (tokens[row, end + 1] == given.answer[row]).all()
+    at_end = (places[:, :-1] == reasoner.STEPS) & np.isin(tokens[:, 1:], (reasoner.END, reasoner.WAIT))
+    ended = tokens[:, 1:] == reasoner.END
+    first_of_all = at_end.cumsum(1) == 1
+    for chosen in (at_end & first_of_all, at_end & ~first_of_all):
+        assert abs(ended[chosen].mean() - reasoner.END_RATE) < 4 * (0.21 / chosen.sum()) ** 0.5
+    trust = belief[given.start, given.operations[:, 0], tokens[:, 1]]
+    silent = ~np.isin(tokens[:, 2], (reasoner.SURE, reasoner.WELL))
+    surprise = (tokens[:, 2] == reasoner.RECHECK) - (1 - trust)
+    for chosen in (silent & (trust > 0.5), silent & (trust < 0.5), ~silent):
+        redone = surprise if chosen[silent].any() else (tokens[:, 3] == reasoner.RECHECK) - (1 - trust)
+        assert abs(redone[chosen].sum()) < 4 * (trust * (1 - trust))[chosen].sum() ** 0.5
+    sure, well = (tokens == phrase for phrase in (reasoner.SURE, reasoner.WELL))
+    assert (trust[sure[:, 2]] > reasoner.SURE_ABOVE).all()
+    assert trust[well[:, 2]].min() < 0.5
+    assert 0.9 < sure.sum() / well.sum() < 1.1
