@@ -52,6 +52,8 @@ def test_update_is_the_loop_over_tokens(settings):
     x, keys, values = normal(9, 5, seed=1), normal(6, 5, seed=2), normal(4, 6, seed=3)
     expected = loop_update(x, keys, values, 1.7, **settings)
     torch.testing.assert_close(mixture_of_ranks(x, keys, values, scale=1.7, **settings), expected, rtol=1e-12, atol=1e-12)
+    unscaled = loop_update(x, keys, values, 1.0, **settings)
+    torch.testing.assert_close(mixture_of_ranks(x, keys, values, **settings), unscaled, rtol=1e-12, atol=1e-12)
     if "budget" in settings:
         gathered = mixture_of_ranks(x, keys, values, scale=1.7, gather=True, **settings)
         torch.testing.assert_close(gathered, expected, rtol=1e-12, atol=1e-12)
@@ -113,6 +115,7 @@ def trained_layer(bias=True, **options):
 
 
 def test_layer_is_base_plus_update():
+    assert trained_layer().scale == 1
     layer, x = trained_layer(threshold=0.45, scale=1.3), normal(2, 7, 5)
     keys, values = layer.pool()
     assert (layer.ranks, keys.shape, values.shape) == (5, (5, 5), (4, 5))
