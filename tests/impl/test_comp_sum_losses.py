@@ -183,7 +183,7 @@ def test_transform_known_values():
     entropy = (1 + b) / 2 * (1 + b).log() + torch.special.xlogy((1 - b) / 2, 1 - b)
     torch.testing.assert_close(consistency_transform(b, 1, 3), entropy)
     torch.testing.assert_close(consistency_transform(b, 2, 5), b / 5)
-    torch.testing.assert_close(consistency_transform(b, 3, 2), b / 8)
+    torch.testing.assert_close(consistency_transform(b, 3, 3), b / 18)
     assert consistency_transform(b, 1.5, 3)[0].item() == pytest.approx((1.04**0.5 - 1) / (0.5 * 3**0.5), rel=1e-12)
     for tau in (1 - 1e-6, 1 + 1e-6):
         torch.testing.assert_close(consistency_transform(b, tau, 3), consistency_transform(b, 1, 3), rtol=1e-4, atol=0)
@@ -242,6 +242,7 @@ def test_perturb_finds_the_corner_of_a_linear_objective():
         torch.testing.assert_close(found, torch.tensor([0.6, 0.4, 1.0]))
         assert not found.requires_grad
     assert torch.equal(perturb(lambda z: z @ slope, x, 0.1, steps=0, step_size=0.05), x)
+    assert torch.equal(perturb(lambda z: z @ slope, x, 0.1, steps=2, step_size=0.0), x)
     one = perturb(lambda z: z @ slope, x, 0.1, steps=1, step_size=0.03)
     torch.testing.assert_close(one, x.detach() + torch.tensor([0.03, -0.03, 0.03]))
     assert torch.equal(perturb(lambda z: z @ slope, x, 0.0, steps=2, step_size=0.05), x)
