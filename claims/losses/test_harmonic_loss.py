@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from paperclaims.fixtures.models.classifiers import Draws
-from paperclaims.fixtures.protocol import claim
+from paperclaims.fixtures.protocol import claim, inconclusive
 from paperclaims.fixtures.statistics import paired_difference
 from paperclaims.impl.losses.harmonic_loss import harmonic_log_probabilities, harmonic_loss, squared_distances
 
@@ -95,22 +95,26 @@ def reached(shares, level=0.9):
     return EVERY * (np.where(enough.any(0), enough.argmax(0), len(shares)) + 1)
 
 
+@inconclusive(
+    "on other seeds some 20 points, where single trainings differ by 30: harmonic loss ends either on a circle, 100 % in two "
+    "components, or near the 50 % of cross-entropy"
+)
 @claim(
-    "The embeddings are easier to read: the first two principal components explain at least 10 points more of their variance "
+    "The embeddings are easier to read: the first two principal components explain at least 20 points more of their variance "
     "than of those trained with cross-entropy.",
     scale="reduced",
-    differs=f"{DIFFERS}; harmonic loss ends either on a circle, 100 % in two components, or near the 50 % of cross-entropy",
+    differs=DIFFERS,
     control=CONTROL,
     paper_value="59.1 % against 39.1 % (perceptrons on permutation groups, figures of the authors' repository)",
 )
 def test_two_components_explain_the_embeddings(arm, seeds, evidence):
-    seeds = tuple(seeds(24))
+    seeds = tuple(seeds(12))
     ours, rival = (trained(kind, 0.8, 0.01, 1000, seeds) for kind in ("Gaussian" if arm.control else "harmonic", "cross-entropy"))
     for name, course in (("ours", ours), ("cross-entropy", rival)):
         evidence.record(f"variance explained, {name}", 100 * course.explained.mean(), "%")
         evidence.record(f"accuracy on other pairs, {name}", 100 * course.other[-1].mean(), "%")
     gain = paired_difference(100 * ours.explained, 100 * rival.explained)
-    evidence.require("variance explained beyond cross-entropy's", gain, above=10, unit="points")
+    evidence.require("variance explained beyond cross-entropy's", gain, above=20, unit="points")
 
 
 @claim(
@@ -122,7 +126,7 @@ def test_two_components_explain_the_embeddings(arm, seeds, evidence):
     paper_value="higher test accuracy at small shares of the data (a figure)",
 )
 def test_less_data(arm, seeds, evidence):
-    ours, rival = on_few_pairs(arm, tuple(seeds(12)))
+    ours, rival = on_few_pairs(arm, tuple(seeds(24)))
     for name, course in (("ours", ours), ("cross-entropy", rival)):
         times = EVERY * np.arange(1, len(course.other) + 1)
         evidence.curve("accuracy on other pairs", times, course.other.mean(1), series=name, x_label="steps")
@@ -139,7 +143,7 @@ def test_less_data(arm, seeds, evidence):
     paper_value="harmonic models generalise as soon as they memorise, standard ones later (a figure)",
 )
 def test_less_grokking(arm, seeds, evidence):
-    ours, rival = on_few_pairs(arm, tuple(seeds(12)))
+    ours, rival = on_few_pairs(arm, tuple(seeds(24)))
     delays = [reached(course.other) - reached(course.train) for course in (ours, rival)]
     for name, course, delay in (("ours", ours, delays[0]), ("cross-entropy", rival, delays[1])):
         evidence.record(f"steps between, {name}", delay.mean())
