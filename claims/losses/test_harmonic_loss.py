@@ -23,6 +23,7 @@ MODULUS, DIMENSIONS, HIDDEN, EXPONENT = 31, 16, 100, 4.0
 PAIRS = torch.cartesian_prod(torch.arange(MODULUS), torch.arange(MODULUS))
 SUMS = PAIRS.sum(1) % MODULUS
 DIFFERS = "some 1,000 steps of batches of 64 for 7,000 epochs, decay tuned for both losses; the perceptron on one of five tasks"
+DIFFERS += "; learning rate 0.01 for 0.002, not tuned; exponent 4 in the distance for 8, no penalty on the embeddings"
 CONTROL = "probabilities from exp(-d^2 / 2): the distances stay, the invariance to scale and the certainty at a centre go"
 EVERY, WARM = 50, 50  # steps between evaluations, steps in which the learning rate rises
 
@@ -105,7 +106,7 @@ def reached(shares, level=0.9):
     scale="reduced",
     differs=DIFFERS,
     control=CONTROL,
-    paper_value="59.1 % against 39.1 % (perceptrons on permutation groups, figures of the authors' repository)",
+    paper_value="59.1 % against 39.1 % (perceptrons on permutation groups, figures of the authors' repository, one run each)",
 )
 def test_two_components_explain_the_embeddings(arm, seeds, evidence):
     seeds = tuple(seeds(12))
@@ -118,8 +119,8 @@ def test_two_components_explain_the_embeddings(arm, seeds, evidence):
 
 
 @claim(
-    "It needs less data: trained on 30 % of the pairs, it is at least 20 points more accurate on the others than cross-entropy "
-    "after the same number of steps.",
+    "From little data it generalises in fewer steps: trained on 30 % of the pairs, it is at least 20 points more accurate on the "
+    "others than cross-entropy after the same number of steps.",
     scale="reduced",
     differs=f"{DIFFERS}; on two other seeds cross-entropy arrived there too after 4,500 steps",
     control=CONTROL,
@@ -145,6 +146,7 @@ def test_less_data(arm, seeds, evidence):
 def test_less_grokking(arm, seeds, evidence):
     ours, rival = on_few_pairs(arm, tuple(seeds(24)))
     delays = [reached(course.other) - reached(course.train) for course in (ours, rival)]
+    delays[0] = np.where((ours.other >= 0.9).any(0), delays[0], reached(np.zeros_like(ours.other)))  # never is the worst delay
     for name, course, delay in (("ours", ours, delays[0]), ("cross-entropy", rival, delays[1])):
         evidence.record(f"steps between, {name}", delay.mean())
         evidence.record(f"seeds that learned the others, {name}", (course.other >= 0.9).any(0).sum())

@@ -19,6 +19,7 @@ from paperclaims.impl.reasoning.trimr import overthinking_stop, stopping_law
 PROBLEMS, BLOCKS, ERROR, MANY, LARGEST_DROP = 24_000, 20, 0.05, 5, 1.7
 FIRST_MODEL = 1000
 DIFFERS = "a two-layer transformer on modular arithmetic instead of 32B models on MATH500, AIME and GPQA; verifier errs in 5 %"
+DIFFERS += "; intervals over the problems of one model, another seed brings another model"
 PAPER = "runtime cut by up to 70 %, accuracy down by at most 1.7 points"
 
 
@@ -111,7 +112,9 @@ def test_agreement_beats_a_token_budget(arm, rng, evidence, pytestconfig):
     "Chains that keep disagreeing can be stopped early: the underthinking rule saves tokens on them at negligible loss in all.",
     scale="mechanism",
     control="the underthinking rule is switched off; overthinking stops as before",
-    differs=DIFFERS + f"; divergent means no agreement in the first {MANY} thoughts",
+    differs=DIFFERS + f"; divergent means no agreement in the first {MANY} thoughts: under 2 % of the chains, "
+    "whose own accuracy falls by 3 to 6 points, which the loss in all hardly shows",
+    central=False,
     control_breaks="tokens saved on divergent chains",
     paper_value=PAPER,
 )
@@ -134,7 +137,7 @@ def test_underthinking_is_cut_without_loss(arm, rng, evidence, pytestconfig):
 
 
 @claim(
-    "The length and the answer at the overthinking stop follow the absorbing-chain law, for M_o = 1..4 and any verifier errors.",
+    "Length and answer at the overthinking stop follow the absorbing-chain law, for M_o = 1..4 and verifier errors up to 20 %.",
     scale="mechanism",
     control="the law of a verifier without errors",
     differs="not in the paper: answers follow a lazy Markov chain over five values, judged by a verifier with stated errors",

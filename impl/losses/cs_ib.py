@@ -84,6 +84,8 @@ def conditional_cs_divergence(
         raise ValueError(f"weighting is 'published' or 'released', got {weighting!r}")
     y, predictions = _columns(x, y), _columns(x, predictions)
     _check(("x", x), ("y", y), ("predictions", predictions))
+    if y.shape != predictions.shape:
+        raise ValueError(f"predictions have the shape of y, {tuple(y.shape)}, got {tuple(predictions.shape)}")
     x, y, predictions = x / _width(width if width_x is None else width_x), y / _width(width), predictions / width
     level = _log_sums(x, x, dense) * 2 if weighting == "published" else _log_sums(2**0.5 * x, 2**0.5 * x, dense)
     true, ours = torch.cat([x, y], -1), torch.cat([x, predictions], -1)
@@ -183,7 +185,10 @@ def gaussian_cs_divergence(mean: Tensor, covariance: Tensor, other_mean: Tensor,
 
 def _log_sums(a: Tensor, b: Tensor, dense: bool) -> Tensor:
     """log sum_i exp(-|a_j - b_i|^2 / 2), shape (..., n)."""
+    centre = b.detach().mean(-2, keepdim=True)  # squared distances from products need small norms
+    a, b = a - centre, b - centre
     if dense or a.ndim > 2:
+        a, b = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (a, b))
         squares = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2) - 2 * a @ b.mT
         return (squares.clamp(min=0) * -0.5).logsumexp(-1)
     return gaussian_log_sums(a, b)

@@ -11,8 +11,8 @@ authors' code raises squared distances, with 1e-4 added, to the power -n: its ex
 invariance; `eps` is a softening that keeps it.
 
 `harmonic_cross_entropy` and `HarmonicCrossEntropy` are for use: the fused operator, which never holds the distances of a batch to
-a vocabulary. `harmonic_loss` is the same loss in plain differentiable operations, for any transform of PyTorch, for batches of
-models, and for reading.
+a vocabulary. `harmonic_loss` is the same loss in plain differentiable operations, for second derivatives, for batches of models,
+and for reading (not under vmap: its check of the targets looks at values).
 """
 
 import math
@@ -46,7 +46,7 @@ class HarmonicCrossEntropy(nn.Module):
 
     def log_probabilities(self, x: Tensor) -> Tensor:
         """(..., classes), for prediction."""
-        return harmonic_log_probabilities(x, self.weight, self.n, eps=self.settings.get("eps", 0.0))
+        return harmonic_log_probabilities(x, self.weight.to(x.dtype), self.n, eps=self.settings.get("eps", 0.0))
 
 
 def squared_distances(x: Tensor, w: Tensor, eps: float = 0.0) -> Tensor:

@@ -48,7 +48,7 @@ def concise_chain(
         threshold: tau; the chain stops where the confidence exceeds it, so that no tau of 1 or more ever stops.
         close: the tokens that lead to the final answer, put behind a stopped chain.
         concludes: whether a token ends the chain; it is kept.
-        limit: most tokens, injected ones included, without `close`.
+        limit: tokens, injected ones included, from which on nothing more is asked for; the last phrase may go beyond it.
     """
     _threshold(threshold)
     if limit < 1:

@@ -73,10 +73,10 @@ def repeated_block(tokens: Sequence[Token], times: int, shortest: int = 1, longe
     if times < 2:
         raise ValueError(f"a repetition needs at least 2 copies, got times={times}")
     _positive("shortest", shortest)
-    most = len(tokens) // times if longest is None else min(longest, len(tokens) // times)
+    end = len(tokens)
+    most = end // times if longest is None else min(longest, end // times)
     for block in range(shortest, most + 1):
-        tail = tokens[len(tokens) - times * block :]
-        if all(tail[i] == tail[i + block] for i in range(len(tail) - block)):
+        if all(tokens[i] == tokens[i - block] for i in range(end - 1, end - 1 - (times - 1) * block, -1)):
             return block
     return 0
 
@@ -172,6 +172,8 @@ def trim(
     _positive("limit", limit)
     if grace < 0 or not gentle.keys() >= {OVERTHINKING, UNDERTHINKING, REPETITION}:
         raise ValueError(f"grace is at least 0 and every rule has a gentle phrase, got {grace} and {sorted(gentle)}")
+    if trimmer.tokens:
+        raise ValueError("a Trimmer watches one chain: make a new one for each")
     chain, rule = [], None
     while len(chain) < limit and rule is None:
         token = following(chain)
@@ -252,7 +254,7 @@ def stopping_law(
     if not (0 <= false_positive <= 1 and 0 <= false_negative <= 1):
         raise ValueError(f"error rates lie in [0, 1], got {false_positive} and {false_negative}")
     same = torch.eye(answers, dtype=torch.bool, device=start.device)
-    agree = transition * torch.where(same, 1 - false_negative, false_positive)
+    agree = transition * torch.where(same, start.new_tensor(1 - false_negative), start.new_tensor(false_positive))
     states = answers * (agreeing - 1)
     if not states:
         return Stopping(start.sum(), start @ lengths, start.clone())

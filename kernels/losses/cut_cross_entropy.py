@@ -8,6 +8,7 @@ logsumexp_v(C_v . E_i) - C_{x_i} . E_i; its gradient by the logits is softmax mi
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -86,8 +87,8 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(e.device.type) and e.dtype != torch.float64:  # as autocast treats any product
         dtype = torch.get_autocast_dtype(e.device.type)
         e, c, bias = e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
-    poly = [float(eps) for eps in ([poly] if isinstance(poly, (int, float)) else poly)]
-    _check(e, c, targets, bias, softcap, label_smoothing, z_loss, poly, reduction, shift, accumulate, gradients, tile)
+    poly = _coefficients(poly)
+    _check(e, c, targets, bias, softcap, label_smoothing, z_loss, reduction, shift, accumulate, gradients, tile)
     backend = choose_backend(backend, e) if backend != "auto" or e.dtype != torch.float64 else "torch"
     form = _form_in_forward(e, gradients, backend, reduction, sort_vocabulary)
     eps = torch.finfo(e.dtype).eps / 32 if filter_eps == "auto" else filter_eps or 0.0
@@ -152,7 +153,16 @@ def cost(n: int, v: int, d: int, itemsize: int, gradients: bool = True, recomput
     return Cost(2 * n * v * d * (2 + passes), (passes + 1) * inputs + passes * (index + 8 * n))
 
 
-def _check(e, c, targets, bias, softcap, label_smoothing, z_loss, poly, reduction, shift, accumulate, gradients, tile) -> None:
+def _coefficients(poly: float | Sequence[float]) -> list[float]:
+    """A number or some, PyTorch's and NumPy's among them, as floats."""
+    found = poly.tolist() if hasattr(poly, "tolist") else poly
+    found = [found] if isinstance(found, Real) else found
+    if not isinstance(found, Sequence) or not all(isinstance(eps, Real) and math.isfinite(eps) for eps in found):
+        raise ValueError(f"poly is a number or some, all finite, got {poly!r}")
+    return [float(eps) for eps in found]
+
+
+def _check(e, c, targets, bias, softcap, label_smoothing, z_loss, reduction, shift, accumulate, gradients, tile) -> None:
     if e.ndim < 1 or c.ndim != 2 or e.shape[-1] != c.shape[1]:
         raise ValueError(f"e is (..., d) and c is (v, d), got {tuple(e.shape)} and {tuple(c.shape)}")
     if targets.shape != e.shape[:-1]:
@@ -173,8 +183,6 @@ def _check(e, c, targets, bias, softcap, label_smoothing, z_loss, poly, reductio
         raise ValueError(f"label_smoothing is in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss is a number from 0 on, got {z_loss}")
-    if not all(map(math.isfinite, poly)):
-        raise ValueError(f"poly is a number or some, all finite, got {poly}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', got {reduction!r}")
     if shift and not (targets.ndim and 0 <= shift < targets.shape[-1]):

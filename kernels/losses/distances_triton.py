@@ -70,10 +70,12 @@ def gradients(
     check(x, options.tile, launch)
     (n, d), v = x.shape, len(w)
     chunk = max(min(chunk or chunk_words(n, v, d, x.element_size(), "fp32"), v), 1)
-    scale = weights.abs().amax() if n else weights.sum()  # at most 1 in size, so that 16-bit derivatives keep their precision
+    own, lse, norms, norms_w = dense(own), dense(lse), _norms(x), _norms(w)
+    scale = weights.abs().amax() if n else weights.sum()  # near 1 in size, so that 16-bit derivatives keep their precision
+    if options.power and n:  # a derivative by a squared distance is as small as that distance is large
+        scale = scale / norms.mean().clamp(min=TINY.value)
     safe = torch.where(scale > 0, scale, 1)
     weights, pull = dense(weights / safe), None if pull is None else pull / safe
-    own, lse, norms, norms_w = dense(own), dense(lse), _norms(x), _norms(w)
     stored, total = x.new_empty(n, chunk), norms.new_zeros(n, 1)
     by_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needs[0] else None
     by_w = torch.empty(w.shape, dtype=w.dtype, device=w.device) if needs[1] else None
@@ -146,9 +148,12 @@ def _squares(
         near = other & in_n[:, None] & in_v[None, :] & (tile <= NEAR * norm)
         if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
             exact = eps * both
-            for k in range(0, D):
-                a = tl.load(X + n.to(tl.int64) * x_n + k * x_d, mask=in_n, other=0.0).to(tl.float32)
-                b = tl.load(W + v.to(tl.int64) * w_v + k * w_d, mask=in_v, other=0.0).to(tl.float32)
+            x_column, w_column = X + n.to(tl.int64) * x_n, W + v.to(tl.int64) * w_v
+            for _ in range(0, D):
+                a = tl.load(x_column, mask=in_n, other=0.0).to(tl.float32)
+                b = tl.load(w_column, mask=in_v, other=0.0).to(tl.float32)
+                x_column += x_d
+                w_column += w_d
                 between = a[:, None] - b[None, :]
                 exact += between * between
             tile = tl.where(near, exact, tile)

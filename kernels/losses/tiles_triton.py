@@ -108,8 +108,9 @@ def dot_tile(
     tile = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         inside = start + d < D
-        x = tl.load(e_rows + (start + d)[None, :] * e_d, mask=in_n[:, None] & inside[None, :], other=0.0)
-        w = tl.load(c_rows + (start + d)[:, None] * c_d, mask=inside[:, None] & in_v[None, :], other=0.0)
+        place = (start + d).to(tl.int64)
+        x = tl.load(e_rows + place[None, :] * e_d, mask=in_n[:, None] & inside[None, :], other=0.0)
+        w = tl.load(c_rows + place[:, None] * c_d, mask=inside[:, None] & in_v[None, :], other=0.0)
         tile = tl.dot(x, w, tile, input_precision=PRECISION)
     return tile
 
@@ -170,5 +171,7 @@ def _product_step(
     in_k = k < K
     rows = tl.load(InnerIndex + k, mask=in_k, other=0) if INNER_INDEXED else k
     a = tl.load(A + r.to(tl.int64)[:, None] * a_r + k.to(tl.int64)[None, :] * a_k, mask=in_r[:, None] & in_k[None, :], other=0.0)
-    b = tl.load(B + rows.to(tl.int64)[:, None] * b_k + d[None, :] * b_d, mask=in_k[:, None] & in_d[None, :], other=0.0)
+    b = tl.load(
+        B + rows.to(tl.int64)[:, None] * b_k + d.to(tl.int64)[None, :] * b_d, mask=in_k[:, None] & in_d[None, :], other=0.0
+    )
     return tl.dot(a, b, total, input_precision=PRECISION)

@@ -173,6 +173,17 @@ def test_extremes(dtype):
         assert abs(cs_divergence(1e4 * x, 1e4 * x, dense=dense)) < 1e-5
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_moving_everything_changes_nothing(dense):
+    x, t, y, predictions = (z.float() for z in make())
+    near = torch.stack([conditional_cs_divergence(x, y, predictions, dense=dense), cs_information(x, t, dense=dense)])
+    x, t, y, predictions = (z + 1000 for z in (x, t, y, predictions))
+    far = torch.stack([conditional_cs_divergence(x, y, predictions, dense=dense), cs_information(x, t, dense=dense)])
+    torch.testing.assert_close(far, near, rtol=2e-3, atol=2e-3)  # the inputs themselves are rounded at 1000
+    half = cs_information(x.half(), t.half(), dense=dense)
+    assert half.dtype == torch.float32
+
+
 def test_median_distance():
     x = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]], requires_grad=True)
     assert median_distance(x) == pytest.approx(math.sqrt(18))
@@ -198,6 +209,8 @@ def test_bad_input_is_refused():
         cs_information(x, t[:5])
     with pytest.raises(ValueError, match="paired"):
         conditional_cs_divergence(x, y, predictions[:5])
+    with pytest.raises(ValueError, match="predictions have the shape of y"):
+        conditional_cs_divergence(x, y, torch.stack([predictions, predictions], -1))
     with pytest.raises(ValueError, match="weighting is"):
         conditional_cs_divergence(x, y, predictions, weighting="none")
     for width in (0, -1.0, math.inf, math.nan):

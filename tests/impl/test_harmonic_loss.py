@@ -177,6 +177,8 @@ def test_module():
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     losses.sum().backward()
     assert head.weight.grad.abs().sum() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head.log_probabilities(x.bfloat16()), log_p, rtol=0.05, atol=0.05)
 
 
 def test_bad_input_is_refused():

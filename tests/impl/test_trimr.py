@@ -143,6 +143,13 @@ def test_a_stop_is_gentle_first_and_forced_when_the_model_does_not_conclude():
     assert shorten(replay("a b a b a b"), repeats=2, shortest=2, grace=0).tokens == ["a", "b", "a", "b", "stop.", "answer:"]
 
 
+def test_a_trimmer_watches_one_chain():
+    trimmer = Trimmer(Reader(), {WAIT})
+    trimmer.push("a")
+    with pytest.raises(ValueError, match="watches one chain"):
+        trim(replay("a =1"), trimmer, concludes=lambda token: token == "end", gentle=GENTLE, force=[], grace=0, limit=9)
+
+
 def test_a_chain_that_concludes_or_runs_out_is_left_alone():
     assert shorten(replay("a =1")) == (["a", "=1", "end"], None, False)
     assert shorten(replay("a b c d e f g"), limit=3) == (["a", "b", "c", "answer:"], None, True)

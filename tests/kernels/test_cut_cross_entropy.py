@@ -3,6 +3,7 @@
 import itertools
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -267,6 +268,13 @@ def test_filter_skips_exactly_the_small_blocks(backend, sort):
             torch.testing.assert_close(dc, (small if by_c else g).T @ e, rtol=1e-4, atol=1e-5)
 
 
+def test_one_coefficient_in_any_form():
+    (e, c, _), targets = make()
+    expected = linear_cross_entropy(e, c, targets, poly=[0.5])
+    for poly in (0.5, (0.5,), torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.array([0.5])):
+        assert torch.equal(linear_cross_entropy(e, c, targets, poly=poly), expected)
+
+
 def test_automatic_filter_follows_the_dtype():
     e, c, targets = make_peaked()
     for dtype, eps in ((torch.bfloat16, 2.0**-12), (torch.float32, 2.0**-28)):
@@ -481,6 +489,8 @@ BAD = {
     "smoothing": ({"label_smoothing": 1.5}, "label_smoothing"),
     "z-loss": ({"z_loss": -1.0}, "z_loss"),
     "poly": ({"poly": float("nan")}, "poly"),
+    "poly of none": ({"poly": None}, "poly"),
+    "poly in words": ({"poly": ["a"]}, "poly"),
     "poly among some": ({"poly": [1.0, float("inf")]}, "poly"),
     "reduction": ({"reduction": "median"}, "reduction"),
     "shift": ({"shift": 2}, "shift"),

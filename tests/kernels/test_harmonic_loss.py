@@ -90,6 +90,17 @@ def test_lower_precision(dtype):
 
 
 @TRITON
+@pytest.mark.parametrize("size", [1.0, 64.0])
+def test_triton_in_half_precision_at_any_scale(size):
+    leaves, targets = make(n=19, v=37, dtype=torch.float16, device=DEVICE)
+    leaves = [(size * x.detach()).requires_grad_() for x in leaves]
+    settings = {"n": 5.0, "eps": 0.0, "reduction": "mean"}
+    upstream = torch.ones((), device=DEVICE)
+    result = ours(leaves, targets, upstream, backend="triton", tile=(16, 16), **settings)
+    assert_same(result, reference(leaves, targets, upstream, **settings), torch.float16)
+
+
+@TRITON
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_triton(dtype):
     dtype = getattr(torch, dtype)
