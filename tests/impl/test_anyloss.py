@@ -193,6 +193,13 @@ def test_dtypes(dtype):
         assert loss.item() == pytest.approx(expected, abs=8 * torch.finfo(dtype).eps)
 
 
+def test_metrics_of_less_than_one_point():
+    c = Confusion(*(torch.tensor(count, dtype=torch.float64) for count in (0.1, 0.2, 0.1, 0.3)))
+    assert METRICS["f1"](c).item() == pytest.approx(0.2 / 0.5)
+    assert METRICS["balanced_accuracy"](c).item() == pytest.approx((1 / 3 + 3 / 4) / 2)
+    assert METRICS["g_mean"](c).item() == pytest.approx((1 / 4) ** 0.5)
+
+
 def test_half_precision_holds_large_batches():
     logits, targets = make(100_000, rate=0.5)
     for name in METRICS:
