@@ -119,7 +119,7 @@ CONTROL = "every kind sounds half of the time: silent cells no longer dominate"
 
 
 @inconclusive(
-    "with cross-entropy's learning rate tuned as well the gain lies between -1 and 0.6 points from one run of 12 seeds to the "
+    "with cross-entropy's learning rate tuned as well the gain lies between -1.1 and 0.8 points from one run of 12 seeds to the "
     "next, each with an interval of two points either way; at rates too low for cross-entropy it is three to five points"
 )
 @claim(
@@ -177,11 +177,13 @@ def silent_share(layers, seeds, rate, loss, frames):
 
 @claim(
     "At the start, with every kind active 1 % of the time, updates from silent cells are over 95 % of cross-entropy's gradient, "
-    "but less than three quarters of the Dice loss's: nearer to half than to all.",
+    "but less than three quarters of the Dice loss's: nearer to half than to all. After training the shares are "
+    "alike (recorded).",
     scale="mechanism",
     differs="a small network on made-up scenes; the paper argues it",
     control="cross-entropy in its place",
     control_breaks="share of the gradient from silent cells",
+    central=False,
     paper_value="conventional training is overwhelmed by updates from negative samples (abstract)",
 )
 def test_silent_cells_do_not_overwhelm(arm, seeds, evidence):

@@ -81,9 +81,10 @@ def gain(found, rival, evidence):
 
 @claim(
     "With 100 classes, and learning rate and L2 of the paper's code for both, learning the link gains over two points of "
-    "accuracy on multinomial logistic regression.",
+    "accuracy on multinomial logistic regression; so does a learned scale of the scores alone.",
     scale="reduced",
     differs=DIFFERS,
+    central=False,
     control="the link stays the identity before softmax+, which is the baseline",
     paper_value=PAPER,
 )

@@ -107,8 +107,8 @@ def fit_linear(x: Tensor, means: Tensor, rho: float, ridge: float = 0.0) -> Tens
         raise ValueError(
             f"x is (..., bags, k, d) and means (..., bags, outputs), none empty, got {tuple(x.shape)} and {tuple(means.shape)}"
         )
-    if not x.is_floating_point() or x.dtype != means.dtype:
-        raise ValueError(f"x and means share a floating-point dtype, got {x.dtype} and {means.dtype}")
+    if x.dtype not in (torch.float32, torch.float64) or x.dtype != means.dtype:
+        raise ValueError(f"x and means share float32 or float64, got {x.dtype} and {means.dtype}")
     bags, k, d = x.shape[-3:]
     center = x.mean(-2, keepdim=True)
     rows, targets = [k**0.5 * center.squeeze(-2)], [k**0.5 * means]

@@ -144,8 +144,9 @@ def poisson_log_loss(model: Tensor, symbol: Tensor, lam: float) -> Tensor:
         raise ValueError(f"symbols are in [0, {model.shape[-1]}), got {symbol.min().item()} to {symbol.max().item()}")
     others = model.sum(-1) - model.gather(-1, symbol.unsqueeze(-1)).squeeze(-1)
     k = torch.arange(int(others.max()) if others.numel() else 0, dtype=torch.float64, device=model.device)
-    terms = ((others.unsqueeze(-1) - k).clamp(min=0) / lam).cumprod(-1) / (k + 1)
-    return terms.sum(-1)
+    left = others.unsqueeze(-1) - k
+    terms = (left.clamp(min=1) / lam).cumprod(-1) / (k + 1)
+    return terms.where(left > 0, 0).sum(-1)
 
 
 def inverse_binomial_log_loss(waiting: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ def expected_loss(loss: Callable[[Tensor, Tensor], Tensor], p: Tensor, q: Tensor
     Returns:
         Shape (...).
     """
-    model, target = all_counts(n, p.shape[-1]), all_counts(m, q.shape[-1])
+    model, target = all_counts(n, p.shape[-1]).to(p.device), all_counts(m, q.shape[-1]).to(q.device)
     values = loss(model.unsqueeze(1), target.unsqueeze(0)).to(p.dtype)
     return ((count_probabilities(model, p) @ values) * count_probabilities(target, q)).sum(-1)
 

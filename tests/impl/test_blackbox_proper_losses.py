@@ -212,3 +212,10 @@ def test_bad_input_is_refused():
     for bad in (tensor(P)[:2], torch.tensor([0, 1, 0]), torch.tensor(0.5)):
         with pytest.raises(ValueError, match="p is floating point"):
             count_probabilities(counts, bad)
+
+
+def test_poisson_loss_of_one_row_does_not_hang_on_the_others():
+    model = torch.tensor([[200, 0], [300, 0], [3, 1]])
+    losses = poisson_log_loss(model, torch.ones(3, dtype=torch.int64), 1.0)
+    assert losses[:2].isinf().all()
+    assert losses[2].item() == 3 + 3 * 2 / 2 + 3 * 2 * 1 / 3
