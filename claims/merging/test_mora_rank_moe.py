@@ -178,31 +178,6 @@ def forgetting(accuracies):
     return (accuracies[:, 1:].max(1) - accuracies[:, -1])[:, :-1].mean(-1)
 
 
-@claim(
-    "With as many active ranks, rank-1 experts that activate themselves end up more accurate than LoRA adapters behind a router: "
-    "by a point at least.",
-    scale="reduced",
-    differs=DIFFERS,
-    control=SCRAMBLED,
-    paper_value="no number: enhances continual learning over adapter-level LoRA-MoE (abstract)",
-)
-def test_more_accurate_than_adapters_behind_a_router(arm, seeds, evidence):
-    seeds = tuple(seeds(SEEDS))
-    ours, _, _ = learn(Ranks, seeds, scrambled=arm.control)
-    rival, _, _ = learn(RoutedAdapters, seeds)
-    for name, accuracies in (("ranks", ours), ("adapters behind a router", rival)):
-        evidence.record(f"final accuracy, {name}", final(accuracies).mean(), unit="%")
-        seen = [accuracies[:, t, :t].mean() for t in range(1, TASKS + 1)]
-        evidence.curve("accuracy on the tasks so far", range(1, TASKS + 1), seen, series=name, x_label="tasks", y_label="%")
-    evidence.record("accuracy of the backbone alone", rival[:, 0].mean(), unit="%")
-    together, _, _ = learn(OneAdapter, seeds, count=8, stages=1)
-    evidence.record("final accuracy, all ranks and tasks at once (8 seeds)", final(together).mean(), unit="%")
-    plain, _, _ = learn(OneAdapter, seeds, count=8)
-    gain = paired_difference(final(ours)[:8], final(plain))
-    evidence.record("gain in final accuracy over one adapter for all tasks (8 seeds)", gain, unit="points")
-    evidence.require("gain in final accuracy", paired_difference(final(ours), final(rival)), above=1.0, unit="points")
-
-
 @not_reproduced(
     "did not hold here: self-activated ranks get further on every task and then forget about as many points; the share is this "
     "suite's (the paper gives none), and whether they forget one point less is more than these seeds can tell"
@@ -225,6 +200,31 @@ def test_less_forgetting_than_adapters_behind_a_router(arm, seeds, evidence):
     evidence.record("forgetting, adapters behind a router", rival.mean(), unit="points")
     evidence.record("forgetting avoided", paired_difference(rival, ours), unit="points")
     evidence.require("below three quarters of the rival's by", paired_difference(0.75 * rival, ours), above=0.0, unit="points")
+
+
+@claim(
+    "With as many active ranks, rank-1 experts that activate themselves end up more accurate than LoRA adapters behind a router: "
+    "by a point at least.",
+    scale="reduced",
+    differs=f"{DIFFERS}; one adapter of as many ranks that all tasks train does as well (recorded)",
+    control=SCRAMBLED,
+    paper_value="no number: enhances continual learning over adapter-level LoRA-MoE (abstract)",
+)
+def test_more_accurate_than_adapters_behind_a_router(arm, seeds, evidence):
+    seeds = tuple(seeds(SEEDS))
+    ours, _, _ = learn(Ranks, seeds, scrambled=arm.control)
+    rival, _, _ = learn(RoutedAdapters, seeds)
+    for name, accuracies in (("ranks", ours), ("adapters behind a router", rival)):
+        evidence.record(f"final accuracy, {name}", final(accuracies).mean(), unit="%")
+        seen = [accuracies[:, t, :t].mean() for t in range(1, TASKS + 1)]
+        evidence.curve("accuracy on the tasks so far", range(1, TASKS + 1), seen, series=name, x_label="tasks", y_label="%")
+    evidence.record("accuracy of the backbone alone", rival[:, 0].mean(), unit="%")
+    together, _, _ = learn(OneAdapter, seeds, count=8, stages=1)
+    evidence.record("final accuracy, all ranks and tasks at once (8 seeds)", final(together).mean(), unit="%")
+    plain, _, _ = learn(OneAdapter, seeds, count=8)
+    gain = paired_difference(final(ours)[:8], final(plain))
+    evidence.record("gain in final accuracy over one adapter for all tasks (8 seeds)", gain, unit="points")
+    evidence.require("gain in final accuracy", paired_difference(final(ours), final(rival)), above=1.0, unit="points")
 
 
 @not_reproduced(
