@@ -84,7 +84,9 @@ def dense_step(weight, hidden, targets, loss, lr=0.1):
 
 
 def hierarchical_step(top, low, hidden, targets, lr=0.1):
-    """The same for a two-level softmax, cluster by cluster (a third of the time of all rows at once): top (SIDE, d) and low (SIDE, SIDE, d), changed in place."""
+    """The same for a two-level softmax, cluster by cluster (a third of the time of all at once).
+
+    top (SIDE, d) and low (SIDE, SIDE, d), changed in place."""
     m, cluster, word = len(hidden), targets // SIDE, targets % SIDE
     slope = (hidden @ top.T).softmax(1) - F.one_hot(cluster, SIDE)
     grad = slope @ top
@@ -247,8 +249,8 @@ def test_ranks_better_than_log_softmax(arm, seeds, evidence):
 @claim(
     "The Z-loss beats the spherical losses known before it, squared error and Taylor softmax, in top-1 and top-20 accuracy.",
     scale="reduced",
-    differs="1,000 words of the King James Bible, three words of context, 400 steps, for Penn Treebank and One Billion Word; the rivals "
-    "had half as many trials of tuning",
+    differs="1,000 words of the King James Bible, three words of context, 400 steps, for Penn Treebank and One Billion "
+    "Word; the rivals had half as many trials of tuning",
     control="the same softplus on the target's output itself: no shift and scale taken out, a, b, rate and decay tuned again",
     control_breaks=("top-20 accuracy gained over squared error", "top-20 accuracy gained over Taylor softmax"),
     paper_value="significantly outperforms the other spherical losses (abstract)",
