@@ -6,14 +6,13 @@ runs alone on a quiet machine: every variant in one process, interleaved, at thr
 table and writes what it measured to reports/benchmarks.
 """
 
-import os
 import shutil
 from functools import partial
 
 import pytest
 import torch
 
-from paperclaims.fixtures.benchmark import ceiling, measure, table, write
+from paperclaims.fixtures.benchmark import measure_and_keep, skip_unless_wanted
 from paperclaims.impl.losses.cs_ib import cs_ib_loss
 
 SIZES = {"small": (512, 8, 128), "middle": (2048, 8, 128), "large": (4096, 8, 128)}  # rows, inputs, representation
@@ -76,24 +75,20 @@ def step(loss, *inputs):
 @pytest.mark.parametrize("size", SIZES)
 def test_time_and_memory(size, threads, request):
     """At the large size an eighth of the plain expression's memory."""
-    if not request.config.getoption("--benchmark-enable"):
-        pytest.skip("measures for minutes: --benchmark-enable")
-    if threads > (os.cpu_count() or 1):
-        pytest.skip(f"needs {threads} processors")
+    skip_unless_wanted(request, threads)
     shape = SIZES[size]
     inputs = problem(*shape)
     losses = {"Gram matrices": gram_matrices, "ours": ours, **compiled()}
-    rows = measure(
+    rows = measure_and_keep(
+        "cs_ib",
         {name: partial(step, loss, *inputs) for name, loss in losses.items()},
-        baseline="Gram matrices",
+        ABOUT,
         size=size,
         shape=shape,
         number=threads,
         **least(*shape),
         reset=partial(forget, *inputs),
     )
-    path = write("cs_ib", rows, **ABOUT, ceilings=[ceiling(threads)])
-    print(f"\n{table(rows)}\n{path}")
     full, default, *_ = rows
     if size == "large":
         assert default["peak_bytes"] <= full["peak_bytes"] / 8

@@ -6,7 +6,6 @@ runs alone on a quiet machine for some twenty minutes (`-k middle` for six): eve
 sizes, with one and two threads; it prints a table and writes what it measured to reports/benchmarks/cut_cross_entropy.json.
 """
 
-import os
 import shutil
 from functools import partial
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from paperclaims.fixtures.benchmark import ceiling, measure, table, write
+from paperclaims.fixtures.benchmark import measure_and_keep, skip_unless_wanted
 from paperclaims.kernels.losses.cut_cross_entropy import cost, linear_cross_entropy
 
 SIZES = {"small": (1024, 16_000, 384), "middle": (2048, 32_000, 512), "large": (4096, 32_000, 512)}
@@ -75,17 +74,15 @@ def step(loss, e, c, targets):
 @pytest.mark.parametrize("size", SIZES)
 def test_front_of_time_and_memory(size, threads, request):
     """Not slower than full logits, an eighth of their memory at the middle size, and no peer faster by 5% and leaner at once."""
-    if not request.config.getoption("--benchmark-enable"):
-        pytest.skip("measures for minutes: --benchmark-enable")
-    if threads > (os.cpu_count() or 1):
-        pytest.skip(f"needs {threads} processors")
+    skip_unless_wanted(request, threads)
     shape = SIZES[size]
     inputs = problem(*shape)
     losses = {"full logits": full_logits, **ours(), **torch_options(), **compiled()}
     least = cost(*shape, 4, recompute=False)
-    rows = measure(
+    rows = measure_and_keep(
+        "cut_cross_entropy",
         {name: partial(step, loss, *inputs) for name, loss in losses.items()},
-        baseline="full logits",
+        ABOUT,
         size=size,
         shape=shape,
         number=threads,
@@ -93,8 +90,6 @@ def test_front_of_time_and_memory(size, threads, request):
         least_bytes=least.bytes,
         reset=partial(forget, *inputs),
     )
-    path = write("cut_cross_entropy", rows, **ABOUT, ceilings=[ceiling(threads)])
-    print(f"\n{table(rows)}\n{path}")
     full, default, *_ = rows
     assert default["low"] <= 1.05, "slower than full logits"
     if size == "middle":

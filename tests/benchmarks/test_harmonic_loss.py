@@ -6,7 +6,6 @@ runs alone on a quiet machine: every variant in one process, interleaved, at thr
 table and writes what it measured to reports/benchmarks.
 """
 
-import os
 import shutil
 from functools import partial
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from paperclaims.fixtures.benchmark import ceiling, measure, table, write
+from paperclaims.fixtures.benchmark import measure_and_keep, skip_unless_wanted
 from paperclaims.kernels.losses.harmonic_loss import harmonic_cross_entropy
 
 SIZES = {"small": (1024, 16_000, 384), "middle": (2048, 32_000, 512), "large": (4096, 32_000, 512)}
@@ -69,24 +68,20 @@ def step(loss, x, w, targets):
 @pytest.mark.parametrize("size", SIZES)
 def test_time_and_memory(size, threads, request):
     """Not slower than the plain expression, in an eighth of its memory at the middle size."""
-    if not request.config.getoption("--benchmark-enable"):
-        pytest.skip("measures for minutes: --benchmark-enable")
-    if threads > (os.cpu_count() or 1):
-        pytest.skip(f"needs {threads} processors")
+    skip_unless_wanted(request, threads)
     shape = SIZES[size]
     inputs = problem(*shape)
     losses = {"all distances": all_distances, **OURS, **compiled()}
-    rows = measure(
+    rows = measure_and_keep(
+        "harmonic_loss",
         {name: partial(step, loss, *inputs) for name, loss in losses.items()},
-        baseline="all distances",
+        ABOUT,
         size=size,
         shape=shape,
         number=threads,
         **least(*shape),
         reset=partial(forget, *inputs),
     )
-    path = write("harmonic_loss", rows, **ABOUT, ceilings=[ceiling(threads)])
-    print(f"\n{table(rows)}\n{path}")
     full, default, *_ = rows
     assert default["low"] <= 1.05, "slower than the plain expression"
     if size == "middle":
