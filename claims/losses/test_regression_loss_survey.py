@@ -3,8 +3,8 @@
 from functools import partial
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import brentq, minimize_scalar
 
 from paperclaims.fixtures.protocol import claim, not_reproduced
 from paperclaims.impl.losses import regression_loss_survey as losses
@@ -30,7 +30,7 @@ RELEASED = {
 
 
 def root(function, low, high):
-    return brentq(function, low, high, xtol=1e-13)
+    return scipy.optimize.brentq(function, low, high, xtol=1e-13)
 
 
 @claim(
@@ -59,7 +59,7 @@ def test_best_constant_forecasts(arm, rng, evidence):
         if name == "quantile_loss" and not arm.control:
             loss = partial(loss, q=0.8)
         risk = lambda f, loss=loss: loss(torch.full_like(y, f), y).item()  # noqa: E731
-        found = minimize_scalar(risk, bounds=(values[0], values[-1]), method="bounded", options={"xatol": 1e-9}).x
+        found = scipy.optimize.minimize_scalar(risk, bounds=(values[0], values[-1]), method="bounded", options={"xatol": 1e-9}).x
         distances[name] = abs(found - statistic) / values.std()
         evidence.record(f"best constant, {name}", found)
     evidence.require("largest distance of a minimiser from its statistic, in deviations", max(distances.values()), below=1e-5)

@@ -10,8 +10,8 @@ from itertools import product
 
 import numpy as np
 import pytest
+import scipy
 import torch
-from scipy.stats import beta
 
 from paperclaims.fixtures.optional import need
 from paperclaims.fixtures.protocol import claim
@@ -80,7 +80,8 @@ def deal_again(values, rng):
 def test_the_effect_tells_nothing_about_the_next_cause(arm, rng, evidence):
     priors = faithful_priors(rng, 200)
     latent = (np.arange(32) + 0.5) / 32
-    quantiles = torch.from_numpy(beta.ppf(latent, *priors.numpy()[..., None, :].transpose(3, 0, 1, 2)))  # (draws, 3, 32)
+    a, b = priors.numpy()[..., None, :].transpose(3, 0, 1, 2)
+    quantiles = torch.from_numpy(scipy.stats.beta.ppf(latent, a, b))  # (draws, 3, 32)
     largest = []
     for samples in (2, 3, 4):
         if arm.control:

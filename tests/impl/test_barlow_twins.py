@@ -66,6 +66,12 @@ def test_terms_are_equation_1(options, shape):
     assert loss.item() == pytest.approx(expected[0] + 0.3 * expected[1], rel=1e-12, abs=1e-12)
 
 
+def test_default_eps_is_that_of_standardise():
+    z_a, z_b = (1e-3 * z for z in make(9, 4))
+    for measured, expected in zip(barlow_twins_terms(z_a, z_b), barlow_twins_terms(z_a, z_b, eps=1e-5), strict=True):
+        assert torch.equal(measured, expected)
+
+
 def test_default_weight_is_the_papers():
     z_a, z_b = make(7, 5)
     assert barlow_twins_loss(z_a, z_b).item() == pytest.approx(barlow_twins_loss(z_a, z_b, 5e-3).item(), rel=1e-15)
@@ -149,7 +155,7 @@ def test_bad_input_is_refused():
     for lambd in (-1e-9, math.nan):
         with pytest.raises(ValueError, match="lambd"):
             barlow_twins_loss(z_a, z_b, lambd)
-    with pytest.raises(ValueError, match="two views"):
+    with pytest.raises(ValueError, match=r"two views .* got \(6, 5\) and \(1, 5\)"):
         gram_redundancy(z_a, z_b[:1])
     with pytest.raises(ValueError, match="tile must be"):
         barlow_twins_loss(z_a, z_b, tile=0)
@@ -174,6 +180,11 @@ def compare_with_one_process(rank, store):
             cross_correlation(z_a[mine], z_b[mine], group=dist.group.WORLD), cross_correlation(z_a, z_b), rtol=1e-12, atol=1e-12
         )
         torch.testing.assert_close(standardise(z_a[mine], group=dist.group.WORLD), standardise(z_a)[mine], rtol=1e-12, atol=1e-12)
+        alone = [dist.new_group([member]) for member in range(2)][rank]
+        share = z_a[mine], z_b[mine]
+        torch.testing.assert_close(
+            barlow_twins_loss(*share, tile=2, group=alone), barlow_twins_loss(*share), rtol=1e-12, atol=1e-12
+        )
         try:
             barlow_twins_loss(z_a[mine], z_b[mine], gram=True, group=dist.group.WORLD)
         except ValueError:

@@ -72,6 +72,7 @@ def test_thoughts_open_at_reflection_tokens_and_short_ones_merge():
         ("a =1 Wait b Wait c =1 Wait", {}, (7, OVERTHINKING)),
         ("a b Wait =1 Wait c =1 Wait", {}, (7, OVERTHINKING)),
         ("a =1 Wait =2 Wait b c =2 Wait", {"minimum": 3}, (8, OVERTHINKING)),
+        ("a =1 Wait b =2 Wait", {"minimum": 2, "agreeing": 1}, (2, OVERTHINKING)),
         ("a =1 Wait b =2 Wait c =3 Wait", {"many": 2}, (5, UNDERTHINKING)),
         ("a =1 Wait b =2 Wait c =3 Wait", {"many": 3}, (8, UNDERTHINKING)),
         ("a =1 Wait b =1 Wait", {"many": 2}, (5, OVERTHINKING)),
@@ -103,6 +104,7 @@ def test_repeated_block_finds_the_shortest_copy():
     assert repeated_block("aaaa", 2) == 1
     assert repeated_block("aaaa", 2, shortest=2) == 2
     assert repeated_block("abcabc", 2, longest=2) == 0
+    assert repeated_block("abcabc", 2, longest=5) == 3
     assert repeated_block("abcabd", 2) == repeated_block("", 2) == 0
     assert repeated_block("abab", 3) == 0
 
@@ -274,6 +276,7 @@ def test_bad_input_is_refused():
         lambda: stopping_law(good, torch.eye(3), 2, lengths=good),
         lambda: stopping_law(good, same, 2, lengths=torch.ones(3)),
         lambda: stopping_law(good[None], same, 2, lengths=good),
+        lambda: stopping_law(torch.ones(1, 1), torch.ones(1, 1), 2, lengths=torch.ones(1)),
         lambda: stopping_law(torch.tensor([0.5, 0.4]), same, 2, lengths=good),
         lambda: stopping_law(torch.tensor([1.5, -0.5]), same, 2, lengths=good),
         lambda: stopping_law(torch.tensor([torch.nan, 0.5]), same, 2, lengths=good),
