@@ -13,8 +13,8 @@ under privacy, was not at hand: `predicted_risk` and `best_private_bag_size` wer
 import math
 from collections.abc import Callable
 
+import scipy
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 __all__ = [
@@ -156,7 +156,7 @@ def predicted_risk(n: int, d: int, k: int, rho: float, ridge: float = 0.0, *, si
     high = 1.0
     while excess(high) < 0:
         high *= 2
-    e = brentq(excess, 0.0, high, xtol=1e-15, rtol=1e-14)
+    e = scipy.optimize.brentq(excess, 0.0, high, xtol=1e-15, rtol=1e-14)
     slope = ridge + share / (1 + e) ** 2 + (1 - share) * rho / (1 + rho * e) ** 2  # d(excess) / de
     e_prime = -e / slope
     h_prime = share / (1 + e) ** 2 + share**2 / ratio * (1 - e) / (1 + e) ** 3
