@@ -137,7 +137,7 @@ def learned_link(rng, classes=4, steps=150):
     "symmetric; the loss is proper, as the log-loss is with every invertible link, but the link is not canonical"
 )
 @claim(
-    "The learned inverse link is the gradient of a convex function: its Jacobian is symmetric, with eigenvalues above zero.",
+    "The learned inverse link is the gradient of a convex function: its Jacobian is symmetric.",
     scale="paper",
     control="scores turned by a rotation of their space before the link, which keeps it invertible",
     control_breaks="largest asymmetry over the largest entry",

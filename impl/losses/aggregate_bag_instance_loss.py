@@ -63,9 +63,13 @@ def instance_loss(predictions: Tensor, means: Tensor, loss: Loss = squared) -> T
 
 
 def within_bag_variance(predictions: Tensor) -> Tensor:
-    """Mean over all samples of the squared deviation from the bag's mean prediction: (..., bags, k) to (...)."""
+    """Mean over all samples of the squared deviation from the bag's mean prediction: (..., bags, k) to (...).
+
+    Computed in float32 at least: squares leave the range of half precision before their mean does.
+    """
     _check(predictions, predictions.sum(-1))
-    return (predictions - predictions.mean(-1, keepdim=True)).square().mean((-2, -1))
+    wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+    return (wide - wide.mean(-1, keepdim=True)).square().mean((-2, -1)).to(predictions.dtype)
 
 
 def interpolating_loss(predictions: Tensor, means: Tensor, rho: float) -> Tensor:

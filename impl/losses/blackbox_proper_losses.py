@@ -112,8 +112,13 @@ def power_loss(model: Tensor, target: Tensor, degree: int = 2) -> Tensor:
 
 
 def plug_in_power_loss(model: Tensor, target: Tensor, degree: int = 2) -> Tensor:
-    """The same polynomial of the frequencies X / n in place of p, which is biased: the rival. Arguments as in `power_loss`."""
+    """The same polynomial of the frequencies X / n in place of p, which is biased: the rival. Arguments as in `power_loss`.
+
+    One draw of the model is enough here; ValueError where there is none.
+    """
     _check_pair(model, target, degree)
+    if _draws(model) < 1:
+        raise ValueError("needs a draw of the model")
     frequency, drawn = model / model.sum(-1, keepdim=True).double(), target / target.sum(-1, keepdim=True).double()
     own, shared = frequency.pow(degree).sum(-1), (frequency.pow(degree - 1) * drawn).sum(-1)
     return (degree - 1) * own - degree * shared

@@ -45,17 +45,18 @@ class HarmonicCrossEntropy(nn.Module):
         return harmonic_cross_entropy(x, self.weight, targets, self.n, **self.settings)
 
     def log_probabilities(self, x: Tensor) -> Tensor:
-        """(..., classes), for prediction."""
-        return harmonic_log_probabilities(x, self.weight.to(x.dtype), self.n, eps=self.settings.get("eps", 0.0))
+        """(..., classes), for prediction; holds the distances, but not the differences. Differentiable once."""
+        return harmonic_log_probabilities(x, self.weight.to(x.dtype), self.n, eps=self.settings.get("eps", 0.0), pairwise=False)
 
 
-def squared_distances(x: Tensor, w: Tensor, eps: float = 0.0) -> Tensor:
+def squared_distances(x: Tensor, w: Tensor, eps: float = 0.0, *, pairwise: bool = True) -> Tensor:
     """|w_j - x|^2 + eps (|w_j|^2 + |x|^2) from the differences themselves, shape (..., m, v), differentiable everywhere.
 
     Args:
         x: points, shape (..., m, d), floating point; 16 bits are computed in float32.
         w: centres, shape (..., v, d), same dtype; leading axes broadcast.
         eps: softening, at least 0.
+        pairwise: hold the differences of all pairs, (..., m, v, d), so that second derivatives exist; False: `torch.cdist`.
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit.
@@ -68,23 +69,28 @@ def squared_distances(x: Tensor, w: Tensor, eps: float = 0.0) -> Tensor:
         raise ValueError(f"eps is a number from 0 on, got {eps}")
     wide = torch.promote_types(x.dtype, torch.float32)
     x, w = x.to(wide), w.to(wide)
-    squares = (x.unsqueeze(-2) - w.unsqueeze(-3)).square().sum(-1)
+    if pairwise:
+        squares = (x.unsqueeze(-2) - w.unsqueeze(-3)).square().sum(-1)
+    else:
+        squares = torch.cdist(x, w, compute_mode="donot_use_mm_for_euclid_dist").square()
     if eps:
         squares = squares + eps * (x.square().sum(-1).unsqueeze(-1) + w.square().sum(-1).unsqueeze(-2))
     return squares
 
 
-def harmonic_log_probabilities(x: Tensor, w: Tensor, n: float | None = None, *, eps: float = 0.0) -> Tensor:
+def harmonic_log_probabilities(
+    x: Tensor, w: Tensor, n: float | None = None, *, eps: float = 0.0, pairwise: bool = True
+) -> Tensor:
     """log p_j of every point and class, shape (..., m, v); the classes of centres that a point lies on share it equally.
 
     Args:
-        x, w, eps: as in `squared_distances`.
+        x, w, eps, pairwise: as in `squared_distances`.
         n: harmonic exponent, above 0; None: sqrt(d).
 
     Raises:
         ValueError: as `squared_distances`, or n not above 0.
     """
-    return _scores(x, w, n, eps).log_softmax(-1)
+    return _scores(x, w, n, eps, pairwise).log_softmax(-1)
 
 
 def harmonic_loss(
@@ -132,9 +138,9 @@ def harmonic_loss(
     return losses.sum() if reduction == "sum" else losses.sum() / kept.sum()
 
 
-def _scores(x: Tensor, w: Tensor, n: float | None, eps: float) -> Tensor:
+def _scores(x: Tensor, w: Tensor, n: float | None, eps: float, pairwise: bool = True) -> Tensor:
     """-n log d, (..., m, v)."""
-    squares = squared_distances(x, w, eps)
+    squares = squared_distances(x, w, eps, pairwise=pairwise)
     n = x.shape[-1] ** 0.5 if n is None else n
     if not 0 < n < math.inf:
         raise ValueError(f"n is None or a number above 0, got {n}")

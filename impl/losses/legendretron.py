@@ -236,8 +236,10 @@ def canonical_loss(link: MixtureLink, scores: Tensor, targets: Tensor, *, reduct
         A scalar, or shape (...) for "none".
 
     Raises:
-        ValueError: shapes, dtypes or a reduction that do not fit, or a class out of range.
+        ValueError: a link without potential, shapes, dtypes or a reduction that do not fit, or a class out of range.
     """
+    if not isinstance(link, MixtureLink):
+        raise ValueError(f"the canonical loss needs a link with a potential, MixtureLink, got {type(link).__name__}")
     _check_scores(scores, link.dim, ())
     if targets.shape != scores.shape[:-1] or targets.dtype != torch.int64:
         raise ValueError(f"targets are int64 of shape {tuple(scores.shape[:-1])}, got {targets.dtype} {tuple(targets.shape)}")

@@ -80,10 +80,12 @@ def poisson_loss(rates: Tensor, counts: Tensor, *, reduction: str = "mean") -> T
     Raises:
         ValueError: not floating point, two shapes, another reduction, or values out of range.
     """
-    y = _fitting(rates, counts)
-    if not (rates > 0).all() or not (y >= 0).all():
+    _fitting(rates, counts)
+    if not (rates > 0).all() or not (counts >= 0).all():
         raise ValueError("rates are above 0 and counts at least 0")
-    return _reduced(rates - torch.xlogy(y, rates), reduction)
+    wide = torch.promote_types(rates.dtype, torch.float32)  # counts leave the range of half precision
+    f = rates.to(wide)
+    return _reduced(f - torch.xlogy(counts.to(wide), f), reduction).to(rates.dtype)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, weight: float = 1.0, *, reduction: str = "mean") -> Tensor:
@@ -124,7 +126,7 @@ def hinge_loss(scores: Tensor, targets: Tensor, *, squared: bool = False, reduct
     if not ((y == 0) | (y == 1)).all():
         raise ValueError("targets are 0 or 1")
     short = (1 - (2 * y - 1) * scores).relu()
-    return _reduced(short.square() if squared else short, reduction)
+    return _reduced(_square(short) if squared else short, reduction).to(scores.dtype)
 
 
 def kl_divergence(predicted: Tensor, true: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -146,8 +148,8 @@ def kl_divergence(predicted: Tensor, true: Tensor, *, reduction: str = "mean") -
         raise ValueError("probabilities have shape (..., n)")
     if not (predicted >= 0).all() or not (true >= 0).all():
         raise ValueError("probabilities are at least 0")
-    positive = true > 0  # log Q's own gradient is infinite or NaN at Q = 0, where P = 0 makes the term 0
-    return _reduced((torch.xlogy(true, true) - true * predicted.where(positive, 1).log()).sum(-1), reduction)
+    positive = true > 0  # the logarithms' own gradients are infinite or NaN at 0, where P = 0 makes the term 0
+    return _reduced((true * (true.where(positive, 1).log() - predicted.where(positive, 1).log())).sum(-1), reduction)
 
 
 def contrastive_loss(distances: Tensor, same: Tensor, margin: float = 1.0, *, reduction: str = "mean") -> Tensor:
@@ -159,7 +161,7 @@ def contrastive_loss(distances: Tensor, same: Tensor, margin: float = 1.0, *, re
     y = _fitting(distances, same)
     _in_unit(y)
     _positive("margin", margin)
-    return _reduced(y * distances.square() + (1 - y) * (margin - distances).relu().square(), reduction)
+    return _reduced(y * _square(distances) + (1 - y) * _square((margin - distances).relu()), reduction).to(distances.dtype)
 
 
 def triplet_loss(to_positive: Tensor, to_negative: Tensor, margin: float = 1.0, *, reduction: str = "mean") -> Tensor:
@@ -306,6 +308,11 @@ def _fitting(predictions: Tensor, targets: Tensor) -> Tensor:
 def _in_unit(targets: Tensor) -> None:
     if not ((targets >= 0) & (targets <= 1)).all():
         raise ValueError("targets are in [0, 1]")
+
+
+def _square(values: Tensor) -> Tensor:
+    """In float32 at least: squares leave the range of half precision before their mean does."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)).square()
 
 
 def _positive(name: str, value: float) -> None:

@@ -65,6 +65,8 @@ def test_gradients_dtypes_and_edges():
     assert torch.autograd.gradcheck(within_bag_variance, f)
     one = normal(3, 1)
     assert within_bag_variance(one) == 0
+    far = torch.tensor([[-300.0, 300.0], [1.0, 1.0]], dtype=torch.float16)
+    assert within_bag_variance(far).item() == pytest.approx(45_000, rel=1e-3)
     assert bag_loss(one, one.squeeze(1)) == 0
     assert instance_loss(1e4 * torch.ones(1, 1), -1e4 * torch.ones(1)) == 4e8
 
@@ -96,6 +98,7 @@ def test_fit_of_least_norm():
     torch.testing.assert_close(fit_linear(x, means, 0.0), torch.linalg.pinv(x.mean(1)) @ means)
     limit = fit_linear(x, means, 0.5, 1e-9)
     torch.testing.assert_close(fit_linear(x, means, 0.5), limit, rtol=1e-5, atol=1e-6)
+    assert fit_linear(torch.zeros(0, 4, 2, 3), torch.zeros(0, 4, 1), 0.5, 0.1).shape == (0, 3, 1)
 
 
 def test_risk_of_known_cases():

@@ -181,6 +181,8 @@ def test_bad_input_is_refused():
             poisson_monomial(counts, powers, 2.0)
     with pytest.raises(ValueError, match="degree 3 needs as many draws of the model, got 2"):
         power_loss(counts, one, 3)
+    with pytest.raises(ValueError, match="a draw of the model"):
+        plug_in_power_loss(0 * counts, one)
     with pytest.raises(ValueError, match="degree 3 needs as many draws, got 2"):
         monomial(counts, [1, 1, 1])
     for form in (power_loss, plug_in_power_loss):

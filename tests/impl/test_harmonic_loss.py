@@ -56,6 +56,16 @@ def test_plain_form_is_the_operator(eps):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+def test_distances_without_the_differences():
+    x, w = (torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) for shape in ((2, 6, 3), (4, 3)))
+    x[0, 0] = w[1]
+    x.requires_grad_()
+    with_them, without = (squared_distances(x, w, 0.5, pairwise=pairwise) for pairwise in (True, False))
+    torch.testing.assert_close(without, with_them, rtol=1e-12, atol=1e-12)
+    slopes = [torch.autograd.grad(found.square().sum(), x)[0] for found in (with_them, without)]
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
+
+
 def test_squared_distances_and_their_softening():
     x, w, _ = make()
     expected = torch.tensor([[sum((a - b) ** 2 for a, b in zip(p, c, strict=True)) for c in w.tolist()] for p in x.tolist()])
@@ -177,6 +187,8 @@ def test_module():
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     losses.sum().backward()
     assert head.weight.grad.abs().sum() > 0
+    on_centre = head.weight.detach()[None].requires_grad_()
+    assert torch.autograd.grad(head.log_probabilities(on_centre).sum(), on_centre)[0].isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(head.log_probabilities(x.bfloat16()), log_p, rtol=0.05, atol=0.05)
 

@@ -86,6 +86,14 @@ def test_block_is_the_gradient_of_its_network(hidden, depth):
     torch.testing.assert_close(block(z), slopes, rtol=1e-7, atol=1e-7)
 
 
+def test_sizes_of_random_starts():
+    block = ConvexGradient(4, 60, 2, (), generator=generator())
+    for weights, fan_in in ((block.inputs, 4), (block.bias, 4), (block.mix[0], 60), (block.last_mix, 60)):
+        assert 0.8 * fan_in**-0.5 < weights.abs().max() <= fan_in**-0.5
+    rows = MixtureLink(9, 20, generator=generator()).rows - 8 * torch.eye(8, 9)
+    assert rows.std().item() == pytest.approx(0.1, rel=0.1)
+
+
 @pytest.mark.parametrize("depth", [1, 4])
 def test_block_is_a_monotone_gradient(depth):
     block = ConvexGradient(4, 2, depth, (), generator=generator(), dtype=torch.float64).requires_grad_(False)
@@ -227,6 +235,8 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match="copies are of shape"):
             stack(bad)
     targets = torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="a link with a potential, MixtureLink, got LegendreLink"):
+        canonical_loss(link, scores, targets)
     for bad in (targets[:4], targets.int(), targets.double()):
         with pytest.raises(ValueError, match="targets are int64"):
             canonical_loss(mixture, scores, bad)

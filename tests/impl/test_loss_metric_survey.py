@@ -415,6 +415,8 @@ def test_divergence_of_certainty():
     zero = certain.clone().requires_grad_()
     assert torch.autograd.grad(survey.kl_divergence(zero, certain), zero)[0].tolist() == [0, -1]
     assert survey.kl_divergence(certain, 1 - certain).item() == math.inf
+    true = certain.clone().requires_grad_()
+    assert torch.autograd.grad(survey.kl_divergence(q.detach(), true), true)[0].tolist() == [0, pytest.approx(1 - math.log(0.75))]
 
 
 def test_gradients():
@@ -454,6 +456,16 @@ def test_extremes_and_dtypes(dtype):
     z = torch.tensor([1e4, -1e4], dtype=torch.float64)
     assert survey.binary_cross_entropy(z, torch.tensor([0, 1])).item() == 1e4
     assert survey.binary_cross_entropy(z, torch.tensor([1, 0])).item() == 0
+
+
+def test_half_precision_where_squares_and_counts_leave_its_range():
+    scores, y = torch.tensor([-300.0, 0.0], dtype=torch.float16), torch.tensor([1, 0])
+    assert survey.hinge_loss(scores, y, squared=True).item() == pytest.approx((301**2 + 1) / 2, rel=1e-3)
+    distances, same = torch.zeros(4, dtype=torch.float16), torch.tensor([1, 0, 0, 0])
+    distances[0] = 300
+    assert survey.contrastive_loss(distances, same).item() == pytest.approx((300**2 + 3) / 4, rel=1e-3)
+    rates = torch.tensor([1.5], dtype=torch.float16)
+    assert survey.poisson_loss(rates, torch.tensor([100_000])).item() == pytest.approx(1.5 - 100_000 * math.log(1.5), rel=1e-3)
 
 
 def test_empty_and_single():
