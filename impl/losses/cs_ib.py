@@ -172,11 +172,10 @@ def gaussian_cs_divergence(mean: Tensor, covariance: Tensor, other_mean: Tensor,
         shapes = [tuple(z.shape) for z in (mean, covariance, other_mean, other_covariance)]
         raise ValueError(f"means are (..., d) and covariances (..., d, d), got {shapes}")
 
-    def log_overlap(difference, total):
+    def log_overlap(difference, total):  # but for a constant that cancels
         root = torch.linalg.cholesky(total)
         scaled = torch.linalg.solve_triangular(root, difference.unsqueeze(-1), upper=False).squeeze(-1)
-        constant = difference.shape[-1] * math.log(2 * math.pi)
-        return -(scaled.square().sum(-1) + constant) / 2 - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -scaled.square().sum(-1) / 2 - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     between = mean - other_mean
     within = sum(log_overlap(torch.zeros_like(between), 2 * c) for c in (covariance, other_covariance))

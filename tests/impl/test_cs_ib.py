@@ -91,6 +91,11 @@ def test_divergence_is_that_of_the_density_estimates():
     torch.testing.assert_close(cs_divergence(x, y, 0.5**0.5), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_samples_of_two_sizes_side_by_side():
+    x, y = make(6, 3)[0].view(2, 3, 3), make(10, 3, seed=1)[0].view(2, 5, 3)
+    torch.testing.assert_close(cs_divergence(x, y), torch.stack([cs_divergence(*pair, 1.0) for pair in zip(x, y, strict=True)]))
+
+
 def test_normal_distributions():
     """Closed form against quadrature in one dimension, independent axes, and large samples."""
     grid = torch.linspace(-15, 15, 20001, dtype=torch.float64)
@@ -104,6 +109,8 @@ def test_normal_distributions():
         gaussian_cs_divergence(means[0, [i]], variances[0, [i], None], means[1, [i]], variances[1, [i], None]) for i in (0, 1)
     ]
     torch.testing.assert_close(both, sum(alone))
+    stacked = gaussian_cs_divergence(means[:, :1], variances[:, :1, None], means.flip(0)[:, :1], variances.flip(0)[:, :1, None])
+    torch.testing.assert_close(stacked, alone[0].expand(2))
     generator = torch.Generator().manual_seed(0)
     x, y = (m + v.sqrt() * torch.randn(4000, 2, generator=generator).double() for m, v in zip(means, variances, strict=True))
     smoothed = gaussian_cs_divergence(

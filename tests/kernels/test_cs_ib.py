@@ -179,6 +179,15 @@ def by_product(x, w):
     return (-0.5 * squares.clamp(min=0)).logsumexp(1)
 
 
+def test_both_sides_of_the_tile_bound_the_memory_on_a_cpu():
+    leaves = make(1024, 1024, 1, torch.float32)
+
+    def peak(*tile):
+        return peak_bytes_cpu(lambda: gaussian_log_sums(*leaves, tile=tile).sum().backward())
+
+    assert max(peak(16, 1024), peak(1024, 16)) < peak(1024, 1024) / 4
+
+
 def test_memory_grows_with_the_points_on_a_cpu():
     def peak(n, function):
         x = torch.randn(n, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
