@@ -24,7 +24,7 @@ from paperclaims.fixtures.statistics import non_inferiority, paired_difference, 
 from paperclaims.impl.losses.anyloss import any_loss, hard_metric
 
 TRAIN, VALIDATE, TEST = 1500, 500, 3000
-PROBLEMS, GROUPS = 160, 20
+PROBLEMS, GROUPS = 240, 30
 RARE, BALANCED = 0.05, 0.5
 DIFFERS = "drawn problems for 102 data sets, 150 steps"
 

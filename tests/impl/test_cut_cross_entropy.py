@@ -135,6 +135,7 @@ def test_presets_are_the_papers_variants():
         (lambda e, c, t: linear_log_sum_exp(e, c, block=0), "block"),
         (lambda e, c, t: indexed_logits(e, c, t[1:]), "targets are"),
         (lambda e, c, t: indexed_logits(e, c, t + V), r"targets are in \[0, 29\)"),
+        (lambda e, c, t: indexed_logits(e, c, torch.full_like(t, V)), r"targets are in \[0, 29\)"),
         (lambda e, c, t: indexed_logits(e, c, t - V), r"targets are in \[0, 29\)"),
         (lambda e, c, t: indexed_logits(e[:, 1:], c, t), "e is"),
         (lambda e, c, t: kept_blocks(e, c, t, tile=(0, 4)), "tile"),

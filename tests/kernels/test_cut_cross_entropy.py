@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from paperclaims.fixtures.measurement import count_flops
+from paperclaims.fixtures.measurement import count_flops, fake_mode, peak_bytes_fake
 from paperclaims.kernels.losses import cut_cross_entropy_torch as torch_body
 from paperclaims.kernels.losses.cut_cross_entropy import Options, cost, default_tile, linear_cross_entropy
 
@@ -529,3 +529,11 @@ def test_triton_refuses_what_it_cannot_do(monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             linear_cross_entropy(e, c, targets, backend="triton")
+
+
+def test_the_loss_holds_one_tile_of_logits():
+    options = Options(tile_tokens=256, tile_words=1024)
+    with fake_mode():
+        e, c, targets = torch.empty(512, 8), torch.empty(4096, 8), torch.empty(512, dtype=torch.int64)
+        peak = peak_bytes_fake(lambda: torch_body.forward(e, c, targets, None, options))
+    assert 1 <= peak / (4 * 256 * 1024) < 1.1
