@@ -44,9 +44,7 @@ def expand(w: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
     """
     _check(w, a, b)
     if not (w.abs() < a * (math.pi / 2)).all():
-        raise ValueError(
-            f"weights are below a pi / 2 in size, or nothing is companded to them; the largest is {w.abs().max():.4g}"
-        )
+        raise ValueError(f"no parameter is companded to a weight of a pi / 2 or more; the largest is {w.abs().max():.4g}")
     return b * torch.tan(w / a)
 
 
