@@ -1,10 +1,10 @@
 """Multi-Sample Dropout for Accelerated Training and Better Generalization (Inoue, 2019, arXiv 1905.09788).
 
 Digits of 8 x 8 pixels, 600 to train on and 1,197 to score; perceptrons with 128 hidden units, whose activations are dropped
-before the last layer; 400 steps of gradient descent on batches of 32, one seed one start and one order of batches for all methods.
-An "iteration" is an update of the weights; the training is over at the first of every tenth where the cross-entropy of all
-training points, without masks, is at most 0.05. For every method and rate of dropout the learning rate (from 0.1, 0.2, 0.4, 0.8, 1
-and 1.2) is the one that got there first on other seeds, and so is the rate itself (from 0.1, 0.3, 0.5 and 0.7) where it is called
+before the last layer; 400 steps of gradient descent on batches of 32, one seed one start and one order of batches for all. An
+"iteration" is an update of the weights; the training is over at the first of every tenth where the cross-entropy of all training
+points, without masks, is at most 0.05. For every method and rate of dropout the learning rate (from 0.1, 0.2, 0.4, 0.8, 1 and
+1.2) is the one that got there first on other seeds, and so is the rate itself (from 0.1, 0.3, 0.5 and 0.7) where it is called
 tuned.
 """
 
@@ -123,7 +123,7 @@ def test_fewer_errors(arm, seeds, evidence):
 
 
 @not_reproduced(
-    "what slows ordinary dropout at a rate of one half is the noise of its mask, and a smaller rate is rid of most of it as well, "
+    "what slows ordinary dropout at a rate of one half is the noise of its mask, and a smaller rate is rid of most of it, too, "
     "at the cost of one mask; the paper keeps its rates"
 )
 @claim(
@@ -141,8 +141,8 @@ def test_fewer_iterations_with_the_rate_tuned(arm, seeds, evidence):
 
 
 @claim(
-    "In deep convolutional networks eight masks cost almost nothing: less than 1 % more arithmetic for ResNet-50, whose last layer "
-    "alone is repeated, and for VGG-16 less than 6 % with all three linear layers and less than 1 % with two repeated.",
+    "In deep convolutional networks eight masks cost almost nothing: less than 1 % more arithmetic for ResNet-50, whose last "
+    "layer alone is repeated, and for VGG-16 less than 6 % with all three linear layers and less than 1 % with two repeated.",
     scale="paper",
     control="the whole network repeated for every mask",
     control_breaks=(
