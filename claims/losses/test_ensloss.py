@@ -24,7 +24,10 @@ KNOWN, ROWS, NOISE, STEPS, BATCH, PERIOD, SEEDS = 200, 340, 0.2, 200, 32, 10, 12
 FIXED = {"cross-entropy": lambda z: F.softplus(-z), "hinge": lambda z: (1 - z).relu(), "exponential": lambda z: (-z).exp()}
 LOSSES = (*FIXED, "EnsLoss", "one draw")
 HOW = {"tuned": (0.003, 4.0), "untuned": (0.01, 0.0)}  # learning rate and decay
-DIFFERS = "pairs of digits of 8 x 8 pixels with wrong labels and small perceptrons for CIFAR-10, tables and deep networks"
+DIFFERS = (
+    "pairs of digits of 8 x 8 pixels with wrong labels and small perceptrons for CIFAR-10, tables and deep networks; lam is "
+    "drawn anew, where the authors' scripts mostly keep 0"
+)
 
 
 def problem(seeds):
@@ -76,7 +79,7 @@ def study(seeds):
 
 @not_reproduced(
     "tuned, the hinge loss makes as few errors, and so does one draw of a loss that is kept; only cross-entropy and the "
-    "exponential loss make half a point more. The paper's networks were trained with one learning rate for all losses"
+    "exponential loss make more, by some 0.4 to 0.6 points. The paper's networks have one learning rate for all losses"
 )
 @claim(
     "Where a fifth of the labels is wrong EnsLoss makes at least half a percentage point fewer errors than "

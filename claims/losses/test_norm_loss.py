@@ -150,7 +150,7 @@ def test_less_sensitive_to_the_batch(arm, seeds, evidence):
     paper_value="competitive with weight decay, weight normalisation and others on CIFAR and ImageNet",
 )
 def test_as_accurate_as_weight_decay(arm, seeds, evidence):
-    accuracy, _ = trained((NORM, DECAY, NONE), tuple(seeds(16)))
+    accuracy, _ = trained((NORM, DECAY, NONE), tuple(seeds(32)))
     norm, decay, none = accuracy.T
     for name, values in (("norm loss", norm), ("weight decay", decay), ("no penalty", none)):
         evidence.record(f"accuracy of {name}", mean_interval(values), unit="%")
@@ -168,7 +168,7 @@ def test_as_accurate_as_weight_decay(arm, seeds, evidence):
     paper_value="weights are steered to the oblique manifold (section III)",
 )
 def test_lengths_and_the_effective_step(arm, seeds, evidence):
-    _, lengths = trained((NORM, DECAY, NONE), tuple(seeds(16)))
+    _, lengths = trained((NORM, DECAY, NONE), tuple(seeds(32)))
     place = 1 if arm.control else 0
     distance = (lengths[-1] - 1).abs().mean(-1).double().numpy()
     step = lengths.double() ** -2

@@ -2,15 +2,16 @@
 
 Numbers of two digits, 100 classes, each a pair of scanned digits of 8 x 8 pixels side by side: 3,000 pairs to train on, made of
 1,000 digits, and 1,000 to score, made of the other 797. Perceptrons with 128 hidden units, 400 steps of Adam on batches of 64.
-Learning rate (from 0.003, 0.01, 0.02, 0.03 and 0.06), form of the loss (squared, at several scales of the codes, or cosine) and
-dimensions (8 to 96) were chosen for each kind of target by its accuracy on other seeds: the cosine for all codes, 64 dimensions
-of random ones and 16 of the eigen-representation, whose similarity is that of the mean training images of the classes.
+Learning rates (0.01 to 0.06 for cross-entropy, 0.003 to 0.06 for codes), the form of the loss (squared, at several scales of the
+codes, or cosine) and dimensions (8 to 64 for the eigen-representation, 32 to 96 for random codes) were chosen by the accuracy on
+other seeds, not all of them crossed: the cosine for all codes, 64 dimensions of random ones, 16 of the eigen-representation,
+whose similarity is that of the mean training images of the classes. Classes that are pairs of digits are alike in half of their
+pixels; the nearest class mean, without a training, is right for 78 % of the new points.
 """
 
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from paperclaims.fixtures.data.tabular import digits
 from paperclaims.fixtures.models.classifiers import classify, train_classifiers
@@ -25,8 +26,9 @@ from paperclaims.impl.losses.target_embedding import (
     random_codes,
 )
 
-CLASSES, KNOWN, NEW, STEPS, EVERY, SEEDS = 100, 3000, 1000, 400, 10, 12
-RATES = {"cross-entropy": 0.02, "one-hot": 0.01, "random": 0.01, "eigen": 0.03, "permuted": 0.03}
+CLASSES, KNOWN, NEW, STEPS, EVERY, SEEDS = 100, 3000, 1000, 400, 10, 16
+RATES = {"cross-entropy": 0.02, "softened": 0.02, "one-hot": 0.01, "random": 0.01, "eigen": 0.03, "permuted": 0.03}
+ENTROPIES = ("cross-entropy", "softened")
 DIFFERS = (
     "two-digit numbers and a small perceptron for CIFAR-100, CUB-200, ImageNet and Places; loss and similarity reconstructed"
 )
@@ -44,48 +46,55 @@ def problem(seed):
 
 
 def codes(kind, x, y, generator):
-    """Rows for the classes; the permuted ones are the eigen-representation, given to other classes."""
+    """Rows of length 1 for the classes; the permuted ones are the eigen-representation, given to other classes."""
     if kind in ("eigen", "permuted"):
         own = eigen_codes(class_similarity(x, y, CLASSES), 16)
         return own[torch.randperm(CLASSES, generator=generator)] if kind == "permuted" else own
-    return random_codes(CLASSES, 64, generator=generator) if kind == "random" else torch.eye(CLASSES)
+    return random_codes(CLASSES, 64, signs=True, generator=generator) if kind == "random" else torch.eye(CLASSES)
+
+
+def soft_labels(x, y):
+    """Distributions over the classes, a row for each: its own with 0.7, the others by the eighth power of their similarity."""
+    close = class_similarity(x, y, CLASSES) ** 8
+    return 0.7 * torch.eye(CLASSES) + 0.3 * close / close.sum(1, keepdim=True)
 
 
 @functools.cache
 def trained(seeds):
     """Accuracy on new points in per cent, by kind of target: every EVERY steps and at the end, (times, seeds)."""
     x, y, x_new, y_new = (torch.stack(parts) for parts in zip(*map(problem, seeds), strict=True))
-    kinds = [kind for kind in RATES if kind != "cross-entropy"]
-    made = {kind: [] for kind in kinds}
-    for points, classes, seed in zip(x, y, seeds, strict=True):
-        for kind in kinds:
-            made[kind].append(codes(kind, points, classes, torch.Generator().manual_seed(seed + 1)))
-    curve, offsets = [], CLASSES * torch.arange(len(seeds)).unsqueeze(1)
+    rows, offsets = list(zip(x, y, seeds, strict=True)), CLASSES * torch.arange(len(seeds)).unsqueeze(1)
+    # One table of all seeds, one below the other; a label plus its seed's offset is a row of it.
+    tables = {"cross-entropy": torch.eye(CLASSES).repeat(len(seeds), 1)}
+    tables["softened"] = torch.cat([soft_labels(points, classes) for points, classes, _ in rows])
+    for kind in list(RATES)[len(tables) :]:
+        made = [codes(kind, points, classes, torch.Generator().manual_seed(seed + 1)) for points, classes, seed in rows]
+        tables[kind] = torch.cat(made)
+    steps, curve = iter(range(STEPS)), []
 
     def measure(layers):
-        scores = classify(layers, x_new.unsqueeze(1)).unbind(1)
-        found = {"cross-entropy": scores[0].argmax(-1)}
-        for kind, output in zip(kinds, scores[1:], strict=True):
-            found[kind] = torch.stack([nearest_code(o[:, : c.shape[1]], c) for o, c in zip(output, made[kind], strict=True)])
-        curve.append({kind: 100 * (classes == y_new).double().mean(-1) for kind, classes in found.items()})
+        found = {}
+        for (kind, table), output in zip(tables.items(), classify(layers, x_new.unsqueeze(1)).unbind(1), strict=True):
+            own = table.view(len(seeds), CLASSES, -1)
+            nearest = [nearest_code(o[:, : c.shape[1]], c) for o, c in zip(output, own, strict=True)]
+            classes = output.argmax(-1) if kind in ENTROPIES else torch.stack(nearest)
+            found[kind] = 100 * (classes == y_new).double().mean(-1)
+        curve.append(found)
 
     def loss(layers, points, labels):
         if next(steps) % EVERY == 0:
             with torch.no_grad():
                 measure(layers)
-        scores, labels = classify(layers, points).unbind(1), labels.squeeze(1)
-        values = [F.cross_entropy(scores[0].flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)]
-        for kind, output in zip(kinds, scores[1:], strict=True):
-            table = torch.cat(made[kind])  # the codes of all seeds, one below the other
-            values.append(code_loss(output[..., : table.shape[1]], labels + offsets, table, form="cosine", reduction="none"))
+        labels, values = labels.squeeze(1) + offsets, []
+        for (kind, table), output in zip(tables.items(), classify(layers, points).unbind(1), strict=True):
+            if kind in ENTROPIES:
+                values.append(-(table[labels] * output.log_softmax(-1)).sum(-1))
+            else:
+                values.append(code_loss(output[..., : table.shape[1]], labels, table, form="cosine", reduction="none"))
         return torch.stack([value.mean(-1) for value in values], 1)
 
-    steps = iter(range(STEPS))
-    lr = torch.tensor(list(RATES.values()))
-    layers = train_classifiers(
-        x, y, seeds, loss, hidden=(128,), classes=CLASSES, lr=lr, steps=STEPS, batch=64, settings=len(RATES)
-    )
-    measure(layers)
+    how = {"hidden": (128,), "classes": CLASSES, "steps": STEPS, "batch": 64, "settings": len(RATES)}
+    measure(train_classifiers(x, y, seeds, loss, lr=torch.tensor(list(RATES.values())), **how))
     return {kind: torch.stack([row[kind] for row in curve]) for kind in RATES}
 
 
@@ -139,6 +148,21 @@ def test_random_codes_converge_faster(arm, seeds, evidence):
     needed, _ = study(evidence, tuple(seeds(SEEDS)))
     ratio = ratio_interval(needed["one-hot" if arm.control else "random"], needed["cross-entropy"])
     evidence.require("updates over those of cross-entropy", ratio, below=0.5)
+
+
+@claim(
+    "It is the embedding, not only the similarity of classes: with the eigen-representation nine tenths of the accuracy of "
+    "cross-entropy are reached in fewer updates than with cross-entropy on labels softened by that similarity.",
+    scale="reduced",
+    differs=f"{DIFFERS}; the paper has no such baseline",
+    control="the same codes, given to other classes",
+    control_breaks="updates over those of softened labels",
+    central=False,
+)
+def test_embedding_beats_softened_labels(arm, seeds, evidence):
+    needed, _ = study(evidence, tuple(seeds(SEEDS)))
+    ratio = ratio_interval(needed["permuted" if arm.control else "eigen"], needed["softened"])
+    evidence.require("updates over those of softened labels", ratio, below=1.0)
 
 
 @claim(

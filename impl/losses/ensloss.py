@@ -7,8 +7,8 @@ good as a loss drawn at random:
     g = max(-BC_lam^-1(e), -1) - 1e-6,   e ~ N(0, 1)        BC_lam^-1(e) = (1 + lam e)_+^(1 / lam), the exponential for lam = 0
     the i-th smallest g belongs to the i-th smallest margin, and is divided by that margin where it exceeds 1
 
-as in the authors' code, which draws lam from U(-1, 1) anew every ten epochs. (The division makes the derivative fall like 1 / z
-at least. The loss is still unbounded below, as -log z is.)
+as in the authors' code, whose scripts mostly keep lam = 0 and can draw it from U(-1, 1) anew every few epochs. (The division
+makes the derivative fall like 1 / z at least. The loss is still unbounded below, as -log z is.)
 """
 
 import torch

@@ -44,68 +44,79 @@ def random_codes(
 def class_similarity(features: Tensor, targets: Tensor, classes: int) -> Tensor:
     """exp(-|m_i - m_j|^2 / s) of the classes' mean features, s the median of the squares; (classes, classes), diagonal 0.
 
-    A class without a sample is as similar to the others as they are in the median.
+    A class without a sample is as similar to the others as they are in the median. A class far from all others, by hundreds of
+    medians, is similar to none, and `eigen_codes` refuses it.
 
     Args:
-        features: shape (n, d), floating point.
+        features: shape (n, d), floating point, finite; 16-bit ones are compared in float32.
         targets: shape (n,), int64 in 0..classes-1.
 
     Raises:
-        ValueError: shapes, dtypes or targets other than these, or fewer than two classes with samples.
+        ValueError: shapes, dtypes or targets other than these, features that are not finite, or fewer than two classes with
+            samples.
     """
     if features.ndim != 2 or not features.is_floating_point() or targets.shape != features.shape[:1]:
         raise ValueError(
             f"features are floating point (n, d) and targets (n,), got {features.dtype} {tuple(features.shape)} and "
             f"{tuple(targets.shape)}"
         )
+    if not features.isfinite().all():
+        raise ValueError("features are not finite")
     if targets.dtype != torch.int64 or ((targets < 0) | (targets >= classes)).any():
         raise ValueError(f"targets are int64 in 0..{classes - 1}, got {targets.dtype}")
-    hot = F.one_hot(targets, classes).to(features.dtype)
+    wide = features.to(_wide(features))
+    hot = F.one_hot(targets, classes).to(wide.dtype)
     counts = hot.sum(0)
     there = counts > 0
     if there.sum() < 2:
         raise ValueError("a similarity needs samples of two classes at least")
-    means = hot.T @ features / counts.clamp(min=1).unsqueeze(1)
-    squares = _squared_distances(means)
+    means = hot.T @ wide / counts.clamp(min=1).unsqueeze(1)
+    squares = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist").square()
     off = ~torch.eye(classes, dtype=torch.bool, device=features.device)
     scale = squares[off & there & there.unsqueeze(1)].median()
     squares = torch.where(there & there.unsqueeze(1), squares, scale)
-    return torch.where(scale > 0, torch.exp(-squares / scale.where(scale > 0, 1)), 1) * off
+    return (torch.where(scale > 0, torch.exp(-squares / scale.where(scale > 0, 1)), 1) * off).to(features.dtype)
 
 
 def eigen_codes(similarity: Tensor, k: int) -> Tensor:
-    """Codes of length 1 from the similarity of classes, shape (classes, k); a row's direction only is used.
+    """Codes of length 1 from the similarity of classes, shape (classes, k).
 
     Args:
         similarity: S, shape (classes, classes), symmetric, not negative, every row with an entry above 0 beside the diagonal.
         k: dimensions, from 1 to classes - 1.
 
     Raises:
-        ValueError: a similarity or k other than these.
+        ValueError: a similarity or k other than these, or a class whose code is 0 (where classes fall into groups without any
+            similarity between them, and k is too small to tell the groups apart).
     """
     n = len(similarity) if similarity.ndim == 2 else 0
     if similarity.shape != (n, n) or not similarity.is_floating_point() or not 1 <= k < n:
         raise ValueError(f"similarity is (classes, classes) with k below classes, got {tuple(similarity.shape)} and k = {k}")
     s = similarity.double().clone().fill_diagonal_(0)
     degrees = s.sum(1)
-    if not torch.allclose(s, s.T) or (s < 0).any() or not (degrees > 0).all():
-        raise ValueError("similarity is symmetric and not negative, and every class is similar to another")
+    if not torch.allclose(s, s.T) or (s < 0).any():
+        raise ValueError("similarity is symmetric and not negative")
+    if not (degrees > 0).all():
+        raise ValueError(f"classes {(degrees <= 0).nonzero()[:, 0].tolist()} are similar to no other: merge or leave them out")
     laplacian = torch.eye(n, dtype=s.dtype, device=s.device) - s / (degrees * degrees.unsqueeze(1)).sqrt()
-    return F.normalize(torch.linalg.eigh(laplacian).eigenvectors[:, 1 : k + 1], dim=1).to(similarity.dtype)
+    vectors = torch.linalg.eigh(laplacian).eigenvectors[:, 1 : k + 1]
+    if (vectors.norm(dim=1) < 1e-9).any():
+        raise ValueError("a class gets no code: groups of classes have no similarity between them, take a larger k")
+    return F.normalize(vectors, dim=1).to(similarity.dtype)
 
 
 def code_loss(outputs: Tensor, targets: Tensor, codes: Tensor, *, form: str = "squared", reduction: str = "mean") -> Tensor:
-    """Distance of outputs from the codes of their classes.
+    """Distance of outputs from the codes of their classes; 16-bit ones are compared in float32.
 
     Args:
-        outputs: shape (..., k), floating point.
+        outputs: shape (..., k), floating point. (The cosine is steep at an output of 0, where it has no direction.)
         targets: shape (...), int64 in 0..classes-1.
         codes: shape (classes, k), dtype of the outputs.
         form: "squared", summed over the dimensions, or "cosine", 1 - cosine.
         reduction: "mean", "sum" or "none" over the samples.
 
     Returns:
-        A scalar, or (...) for "none"; NaN for the mean of nothing.
+        A scalar, or (...) for "none", float32 at least; NaN for the mean of nothing.
 
     Raises:
         ValueError: shapes, dtypes, targets, a form or a reduction other than these.
@@ -117,7 +128,7 @@ def code_loss(outputs: Tensor, targets: Tensor, codes: Tensor, *, form: str = "s
         )
     if form not in ("squared", "cosine") or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"form is 'squared' or 'cosine', reduction 'mean', 'sum' or 'none', got {form!r} and {reduction!r}")
-    own = codes[targets]
+    outputs, own = outputs.to(_wide(outputs)), codes[targets].to(_wide(outputs))
     losses = (outputs - own).square().sum(-1) if form == "squared" else 1 - F.cosine_similarity(outputs, own, dim=-1)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
@@ -131,6 +142,7 @@ def nearest_code(outputs: Tensor, codes: Tensor) -> Tensor:
         ValueError: outputs and codes (classes, k) of different dtypes or dimensions.
     """
     _check(outputs, codes)
+    outputs, codes = outputs.to(_wide(outputs)), codes.to(_wide(outputs))
     return (2 * outputs @ codes.T - codes.square().sum(-1)).argmax(-1)
 
 
@@ -148,13 +160,13 @@ def distortion_bound(classes: int, k: int, eps: float) -> float:
     return classes * (classes - 1) * math.exp(-k * (eps**2 / 4 - eps**3 / 6))
 
 
-def _squared_distances(x: Tensor) -> Tensor:
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check(outputs: Tensor, codes: Tensor) -> None:
     alike = outputs.is_floating_point() and outputs.dtype == codes.dtype
-    if not alike or codes.ndim != 2 or outputs.shape[-1:] != codes.shape[1:]:
+    if not alike or codes.ndim != 2 or not len(codes) or outputs.shape[-1:] != codes.shape[1:]:
         raise ValueError(
             f"outputs (..., k) and codes (classes, k) share a floating-point dtype, got {outputs.dtype} {tuple(outputs.shape)} "
             f"and {codes.dtype} {tuple(codes.shape)}"

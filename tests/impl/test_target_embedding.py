@@ -96,6 +96,19 @@ def test_nearest_code():
     assert torch.equal(nearest_code(torch.eye(3), torch.eye(3)), torch.arange(3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits(dtype):
+    features, targets = numbers(40, 3).to(dtype), torch.arange(40) % 4
+    similarity = class_similarity(features, targets, 4)
+    assert similarity.dtype == dtype
+    torch.testing.assert_close(similarity.float(), class_similarity(features.float(), targets, 4), rtol=0.01, atol=0.01)
+    outputs, codes = torch.full((1, 4), 300.0, dtype=dtype), torch.eye(4, dtype=dtype)
+    loss = code_loss(outputs, torch.tensor([1]), codes)
+    assert loss.item() == pytest.approx(3 * 300.0**2 + 299.0**2, rel=0.01)
+    far = torch.tensor([[100.0, 60000.0]]).to(dtype)
+    assert nearest_code(far, torch.tensor([[1.0, 1.0], [1.0, 2.0]]).to(dtype)).item() == 1
+
+
 def test_a_linear_head_from_zero_learns_the_projected_one_hot_head():
     x, targets, codes = numbers(30, 6), torch.arange(30) % 5, numbers(5, 3, seed=1)
     heads = [torch.zeros(6, 5, dtype=torch.float64), torch.zeros(6, 3, dtype=torch.float64)]
@@ -131,7 +144,10 @@ def test_bound():
         (lambda: eigen_codes(torch.ones(3), 1), "classes, classes"),
         (lambda: eigen_codes(torch.tensor([[0.0, 1, 2], [1, 0, 1], [1, 1, 0]]), 1), "symmetric"),
         (lambda: eigen_codes(-torch.ones(3, 3), 1), "not negative"),
-        (lambda: eigen_codes(torch.eye(3), 1), "similar to another"),
+        (lambda: eigen_codes(torch.eye(3), 1), "similar to no other"),
+        (lambda: eigen_codes(torch.block_diag(*[torch.ones(2, 2)] * 4), 2), "no code"),
+        (lambda: class_similarity(torch.full((2, 2), math.nan), torch.tensor([0, 1]), 2), "not finite"),
+        (lambda: nearest_code(torch.ones(2, 3), torch.ones(0, 3)), "codes"),
         (lambda: code_loss(torch.ones(2, 3), torch.zeros(2).long(), torch.ones(4, 2)), "codes"),
         (lambda: code_loss(torch.ones(2, 3), torch.zeros(2).long(), torch.ones(4, 3).double()), "dtype"),
         (lambda: code_loss(torch.ones(2, 3), torch.zeros(3).long(), torch.ones(4, 3)), "targets"),
