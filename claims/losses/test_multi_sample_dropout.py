@@ -20,6 +20,7 @@ from paperclaims.fixtures.models.classifiers import Draws
 from paperclaims.fixtures.models.convnets import resnet50, vgg16
 from paperclaims.fixtures.protocol import claim, not_reproduced
 from paperclaims.fixtures.statistics import mean_interval, paired_difference, ratio_interval
+from paperclaims.impl.losses.multi_sample_dropout import dropout_samples, mean_loss
 
 KNOWN, HIDDEN, STEPS, BATCH, EVERY, TARGET, SEEDS = 600, 128, 400, 32, 10, 0.05, 32
 DIFFERS = "digits of 8 x 8 pixels and a small perceptron for CIFAR, ImageNet and convolutional networks"
@@ -39,10 +40,14 @@ ONE_TUNED, EIGHT_TUNED = Method(1, 0.1, 1.0), Method(8, 0.1, 1.0)
 METHODS = (ONE, EIGHT, COPIES, ONE_TUNED, EIGHT_TUNED)
 
 
-def logits(parts, x, masks=1.0):
-    """(..., n, 10) for points (..., n, 64), the hidden activations times the masks."""
-    w1, b1, w2, b2 = parts
-    return ((x @ w1 + b1).relu() * masks) @ w2 + b2
+def hidden(parts, x):
+    """Activations (seeds, n, 128) of points (seeds, n, 64)."""
+    return (x @ parts[0] + parts[1]).relu()
+
+
+def head(parts, h):
+    """Logits (..., seeds, n, 10) of activations (..., seeds, n, 128)."""
+    return h @ parts[2] + parts[3]
 
 
 @functools.cache
@@ -51,35 +56,33 @@ def trained(seeds):
     table, draws, generator = digits(), Draws(seeds), torch.Generator().manual_seed(seeds[0])
     x, y = torch.tensor(table.x).float() / 16, torch.tensor(table.y)
     order = draws(torch.randperm, len(y))
-    x, y = x[order].unsqueeze(1), y[order]
+    x, y = x[order], y[order]
     first, last = draws(torch.randn, 64, HIDDEN) * (2 / 64) ** 0.5, draws(torch.randn, HIDDEN, 10) * HIDDEN**-0.5
-    start = [part.unsqueeze(1) for part in (first, torch.zeros(len(first), 1, HIDDEN), last, torch.zeros(len(last), 1, 10))]
+    start = [first, torch.zeros(len(first), 1, HIDDEN), last, torch.zeros(len(last), 1, 10)]
     networks = {method: [part.clone().requires_grad_() for part in start] for method in METHODS}
     iterations = {method: torch.full((len(seeds),), STEPS) for method in METHODS}
-    known, classes = x[:, :, :KNOWN], y[:, None, :KNOWN]
 
     def entropy(scores, labels):
-        """Mean cross-entropy over masks and points, (seeds,)."""
-        labels = labels.expand(scores.shape[:-1])
-        return F.cross_entropy(scores.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape).mean((1, 2))
+        """Mean cross-entropy over points, (seeds,)."""
+        return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
     for step in range(1, STEPS + 1):
         rows = draws(torch.randint, KNOWN, (BATCH,))
-        points, labels = x.gather(2, rows[:, None, :, None].expand(-1, -1, -1, 64)), y.gather(1, rows).unsqueeze(1)
+        points, labels = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, 64)), y.gather(1, rows)
         for (samples, p, lr, same), parts in networks.items():
-            masks = torch.rand(len(seeds), 1 if same else samples, BATCH, HIDDEN, generator=generator) >= p
-            masks = masks.expand(-1, samples, -1, -1) / (1 - p)
-            loss = entropy(logits(parts, points, masks), labels).sum()
+            masked = dropout_samples(hidden(parts, points), p, 1 if same else samples, generator=generator)
+            outputs = head(parts, masked.expand(samples, -1, -1, -1))
+            loss = mean_loss(lambda scores, targets: entropy(scores, targets).sum(), outputs, labels)
             for part, slope in zip(parts, torch.autograd.grad(loss, parts), strict=True):
                 part.data -= lr * slope
         if step % EVERY == 0:
             for method, parts in networks.items():
                 with torch.no_grad():
-                    there = entropy(logits(parts, known), classes) <= TARGET
+                    there = entropy(head(parts, hidden(parts, x[:, :KNOWN])), y[:, :KNOWN]) <= TARGET
                 iterations[method] = torch.where(there, iterations[method].clamp(max=step), iterations[method])
     with torch.no_grad():
-        wrong = {method: logits(parts, x[:, :, KNOWN:]).argmax(-1) != y[:, None, KNOWN:] for method, parts in networks.items()}
-    errors = {method: 100 * part.double().mean((1, 2)).numpy() for method, part in wrong.items()}
+        scores = {method: head(parts, hidden(parts, x[:, KNOWN:])) for method, parts in networks.items()}
+    errors = {method: 100 * (part.argmax(-1) != y[:, KNOWN:]).double().mean(1).numpy() for method, part in scores.items()}
     return {method: part.double().numpy() for method, part in iterations.items()}, errors
 
 

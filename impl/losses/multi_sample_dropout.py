@@ -14,7 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["MultiSampleDropout", "mean_loss", "multi_sample_cross_entropy"]
+__all__ = ["MultiSampleDropout", "dropout_samples", "mean_loss", "multi_sample_cross_entropy"]
+
+
+def dropout_samples(h: Tensor, p: float, samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """M masked copies of the features, each kept value over 1 - p: (..., d) to (M, ..., d).
+
+    Raises:
+        ValueError: p outside [0, 1), no samples, or features that are not floating point.
+    """
+    _check(p, samples)
+    if not h.is_floating_point():
+        raise ValueError(f"features are floating point, got {h.dtype}")
+    kept = torch.rand(samples, *h.shape, device=h.device, generator=generator) >= p
+    return torch.where(kept, h / (1 - p), 0)
 
 
 class MultiSampleDropout(nn.Module):
@@ -38,7 +51,7 @@ class MultiSampleDropout(nn.Module):
         """Outputs (M, ..., out) for features (..., d); (1, ..., out) in evaluation, without a mask."""
         if not self.training:
             return self.head(h).unsqueeze(0)
-        return self.head(F.dropout(h.expand(self.samples, *h.shape), self.p))
+        return self.head(dropout_samples(h, self.p, self.samples))
 
     def extra_repr(self) -> str:
         return f"p={self.p}, samples={self.samples}"

@@ -69,6 +69,7 @@ def test_information_ratio():
     assert ratio[0].item() == pytest.approx(mean / deviation * math.sqrt(252))
     assert ratio[1].isnan()
     assert information_ratio(returns, periods=1)[0].item() == pytest.approx(mean / deviation)
+    assert information_ratio(torch.tensor([0.0, 1.0]), periods=2).item() == pytest.approx(1)
 
 
 def test_no_periods():
@@ -81,7 +82,7 @@ def test_no_periods():
     ("call", "message"),
     [
         (lambda: madl(torch.zeros(2).long(), torch.zeros(2).long()), "floating"),
-        (lambda: madl(torch.zeros(2), torch.zeros(2).double()), "dtype"),
+        (lambda: madl(torch.zeros(2), torch.zeros(2).double()), "dtype, got torch.float32 and torch.float64"),
         (lambda: madl(torch.zeros(2), torch.zeros(3)), "broadcast"),
         (lambda: madl(torch.tensor(0.0), torch.tensor(0.0)), "periods"),
         (lambda: madl(torch.zeros(2), torch.zeros(2), reduction="max"), "reduction"),
@@ -89,7 +90,8 @@ def test_no_periods():
         (lambda: smooth_madl(torch.zeros(2), torch.zeros(2), math.inf), "a is"),
         (lambda: smooth_madl(torch.zeros(2), torch.zeros(3), 1.0), "broadcast"),
         (lambda: directional_loss(torch.zeros(2), torch.zeros(3)), "broadcast"),
-        (lambda: strategy_returns(torch.zeros(2), torch.zeros(2).double()), "dtype"),
+        (lambda: strategy_returns(torch.zeros(2), torch.zeros(2).double()), "torch.float32 and torch.float64"),
+        (lambda: smooth_madl(torch.zeros(2), torch.zeros(2).double(), 1.0), "torch.float32 and torch.float64"),
         (lambda: information_ratio(torch.zeros(1)), "at least 2"),
         (lambda: information_ratio(torch.zeros(2).long()), "floating"),
         (lambda: information_ratio(torch.zeros(2), periods=0), "returns"),

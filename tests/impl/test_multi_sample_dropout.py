@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paperclaims.impl.losses.multi_sample_dropout import MultiSampleDropout, mean_loss, multi_sample_cross_entropy
+from paperclaims.impl.losses.multi_sample_dropout import (
+    MultiSampleDropout,
+    dropout_samples,
+    mean_loss,
+    multi_sample_cross_entropy,
+)
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
@@ -109,6 +114,18 @@ def test_a_masked_feature_counts_twice_or_not_at_all():
     assert outputs.mean().item() == pytest.approx(3, rel=0.05)
 
 
+def test_copies_are_masked_apart():
+    h = numbers(6, 5)
+    copies = dropout_samples(h, 0.25, 300, generator=generator())
+    assert copies.shape == (300, 6, 5)
+    kept = copies != 0
+    torch.testing.assert_close(copies[kept], (h / 0.75).expand(300, 6, 5)[kept])
+    assert kept.double().mean().item() == pytest.approx(0.75, abs=0.02)
+    assert (kept.double().mean(0) - 0.75).abs().max() < 0.12
+    assert torch.equal(copies, dropout_samples(h, 0.25, 300, generator=generator()))
+    assert torch.equal(dropout_samples(h, 0.0, 2), h.expand(2, 6, 5))
+
+
 def test_equals_a_batch_that_holds_every_sample_m_times():
     h, weight, targets = numbers(5, 6), numbers(3, 6, seed=1).requires_grad_(), torch.tensor([0, 1, 2, 1, 0])
     masks = (torch.rand(4, 5, 6, generator=generator()) >= 0.5).double() * 2
@@ -172,5 +189,7 @@ def test_bad_modules_are_refused():
         MultiSampleDropout(nn.Identity(), p=1.0)
     with pytest.raises(ValueError, match="samples"):
         MultiSampleDropout(nn.Identity(), samples=0)
+    with pytest.raises(ValueError, match="floating"):
+        dropout_samples(torch.zeros(3).long(), 0.5, 2)
     with pytest.raises(ValueError, match="at least 1"):
         mean_loss(F.cross_entropy, torch.zeros(0, 2, 3), torch.zeros(2).long())
