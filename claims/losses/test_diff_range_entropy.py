@@ -4,7 +4,7 @@ Geometry: sets of 100 points, uniform in a square; eight anchors are their k-mea
 of Adam at 0.01 on four sets each, alpha = 20) and applied to eight others. Work is the number of orientation tests of quickhull,
 which does less of them the more points lie within few triangles; its result is compared with the hull of the points as they were.
 
-Attention: digits of 8 x 8 pixels as 16 patches, transformers of two layers and width 16, 240 steps of Adam at 0.01 on batches of
+Attention: digits of 8 x 8 pixels as 16 patches, transformers of two layers and width 16, 200 steps of Adam at 0.01 on batches of
 32. At the end only the three largest scores of a row are kept, so that 81 % of them are dropped. The weights of the penalties
 (from 0.003 to 0.3 for the entropy, 0.001 to 1 for L1) have the best accuracy then, on other seeds.
 """
@@ -30,7 +30,7 @@ from paperclaims.impl.losses.diff_range_entropy import (
     soft_masses,
 )
 
-TOKENS, WIDTH, KEPT, STEPS = 16, 16, 3, 240
+TOKENS, WIDTH, KEPT, STEPS = 16, 16, 3, 200
 PENALTIES = {"none": 0.0, "entropy": 0.03, "L1": 0.001, "entropy raised": -0.03}
 
 
@@ -245,7 +245,7 @@ def trained(seeds):
     paper_value="6 % higher accuracy at 80 % sparsity",
 )
 def test_sparse_attention_is_more_accurate(arm, seeds, evidence):
-    full, sparse = trained(tuple(seeds(15)))
+    full, sparse = trained(tuple(seeds(14)))
     for name in PENALTIES:
         evidence.record(f"accuracy of all scores, {name}", mean_interval(full[name]), unit="%")
         evidence.record(f"accuracy of the kept scores, {name}", mean_interval(sparse[name]), unit="%")
