@@ -184,11 +184,11 @@ def scored(seed):
     paper_value="section 4.1",
 )
 def test_shift_of_the_inputs(arm, seeds, evidence):
-    seed, alpha, n = seeds(1)[0], 0.2, 200
+    seed, alpha, n = seeds(1)[0], 0.2, 100
     scores, labels, many = scored(seed)
     weight = torch.tensor([0.0, 0.0, 0.2, 0.6, 2.2])[many]  # mean 1 over two, three and four digits
     generator, rates, plain = torch.Generator().manual_seed(seed + 1), [], []
-    for _ in range(600):
+    for _ in range(1500):
         rows = torch.randperm(len(scores), generator=generator)
         known, rest = rows[:n], rows[n:]
         new = rest[torch.multinomial(weight[rest], 1, generator=generator)]
