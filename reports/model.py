@@ -260,7 +260,8 @@ def _why(verdict: str, claims: tuple[Claim, ...]) -> str:
     if verdict == IN_PART:
         return several or "The central claim held under some of its settings and not under others."
     if verdict == NOT_REPRODUCED:
-        return f"The headline claim did not hold here. {several}".strip()
+        first = "The headline claim did not hold here." if central[0].verdict == NOT_REPRODUCED else "No central claim held here."
+        return f"{first} {several}".strip()
     if verdict == INCONCLUSIVE:
         return several or "The effect is smaller than what this set-up can resolve."
     return {

@@ -259,3 +259,19 @@ def test_pages_tell_which_requirement_the_control_has_to_break(root, report):
     shown = page(root, 9).text
     assert "contradicted, as it must be" in shown
     assert shown.count("met, need not break") == 1
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        (["not reproduced"], "The headline claim did not hold here."),
+        (
+            ["not reproduced", "reproduced"],
+            "The headline claim did not hold here. Of 2 central claims, 1 held here, 1 did",
+        ),
+        (["inconclusive", "not reproduced"], "No central claim held here. Of 2 central claims, 1 did not hold here, 1 could not"),
+    ],
+)
+def test_why_a_paper_is_not_reproduced(verdicts, said):
+    claims = tuple(model.Claim({"central": True}, verdict, ()) for verdict in verdicts)
+    assert model._why("not reproduced", claims).startswith(said)
