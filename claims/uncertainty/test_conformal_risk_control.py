@@ -79,14 +79,14 @@ def test_risk_is_at_most_alpha(arm, seeds, evidence):
     paper_value="at least alpha - 2 B / (n + 1) (theorem 2)",
 )
 def test_risk_comes_near_alpha(arm, seeds, evidence):
-    table, *others = seeds(9)
+    table, *others = seeds(13)
     risk, sizes, alpha = risks(table), (32, 48, 64, 96, 128, 192, 256), 0.2
     slopes, curve = [], []
     for seed in others:
         gaps = []
         for n in sizes:
             level = (n * (alpha - math.sqrt(math.log(10) / (2 * n))) + 1) / (n + 1) if arm.control else alpha
-            gaps.append(alpha - risk(chosen(n, level, 800, seed)).mean())
+            gaps.append(alpha - risk(chosen(n, level, 1000, seed)).mean())
         curve.append(gaps)
         slopes.append(np.polyfit(np.log(sizes), np.log(np.maximum(gaps, 1e-6)), 1)[0])
     evidence.curve("alpha less the risk", sizes, np.mean(curve, 0), x_label="calibration points", log="xy")

@@ -48,7 +48,7 @@ def soft_masses(points: Tensor, anchors: Tensor, alpha: float) -> Tensor:
 
 def range_entropy(points: Tensor, anchors: Tensor, alpha: float) -> Tensor:
     """H_diff = -sum_j p_j log p_j of `soft_masses`, in [0, log k], shape (...). Arguments and errors as there."""
-    return torch.special.entr(soft_masses(points, anchors, alpha)).sum(-1)
+    return _entropy(soft_masses(points, anchors, alpha))
 
 
 def cell_masses(points: Tensor, anchors: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def attention_entropy(attention: Tensor) -> Tensor:
     """
     if attention.ndim < 2 or not attention.is_floating_point():
         raise ValueError(f"attention is floating point (..., queries, keys), got {attention.dtype} {tuple(attention.shape)}")
-    return torch.special.entr(attention).sum(-1).mean(-1)
+    return _entropy(attention).mean(-1)
 
 
 class EntropyNet(nn.Module):
@@ -125,6 +125,11 @@ class EntropyNet(nn.Module):
         """weight * H_diff(f(X)) + Chamfer(f(X), X), shape (...)."""
         moved = self(points)
         return weight * range_entropy(moved, anchors, alpha) + chamfer_distance(moved, points)
+
+
+def _entropy(masses: Tensor) -> Tensor:
+    """-sum p log p over the last axis; at p = 0 the gradient is large, not infinite, so that softmax's 0 makes 0 of it."""
+    return -(masses * masses.clamp(min=torch.finfo(masses.dtype).tiny).log()).sum(-1)
 
 
 def _squared_distances(points: Tensor, anchors: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ def smooth_madl(realised: Tensor, forecast: Tensor, a: float, *, reduction: str 
     _check(realised, forecast)
     if not 0 <= a < math.inf:
         raise ValueError(f"a is a number from 0 on, got {a}")
-    return _reduce(-(a * realised * forecast).tanh() * realised.abs(), reduction)
+    wide = torch.promote_types(realised.dtype, torch.float32)  # a R alone overflows in 16 bits, and inf times 0 is NaN
+    signs = (a * realised.to(wide) * forecast.to(wide)).tanh().to(realised.dtype)
+    return _reduce(-signs * realised.abs(), reduction)
 
 
 def directional_loss(realised: Tensor, forecast: Tensor, *, reduction: str = "mean") -> Tensor:

@@ -83,6 +83,15 @@ def test_attention_entropy():
     torch.testing.assert_close(attention_entropy(shuffled), attention_entropy(weights))
 
 
+def test_gradients_stay_finite_where_a_mass_is_zero():
+    points, anchors = torch.tensor([[0.0, 0.0], [0.1, 0.0]]).requires_grad_(), torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    entropy = range_entropy(points, anchors, 20.0)
+    assert entropy.item() == pytest.approx(0)
+    assert torch.isfinite(torch.autograd.grad(entropy, points)[0]).all()
+    scores = torch.tensor([[0.0, -200.0]]).requires_grad_()
+    assert torch.isfinite(torch.autograd.grad(attention_entropy(scores.softmax(-1)), scores)[0]).all()
+
+
 def test_entropy_net():
     net = EntropyNet(2, 8, generator=torch.Generator().manual_seed(0)).double()
     points, anchors = numbers(3, 30, 2), numbers(4, 2, seed=1)

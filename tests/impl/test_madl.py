@@ -62,6 +62,14 @@ def test_smooth_form_by_hand_and_in_the_limit():
     assert torch.isfinite(smooth_madl(1e4 * torch.ones(2), -1e4 * torch.ones(2), 1e4)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_smooth_form_in_sixteen_bits(dtype):
+    r, f = torch.tensor([8.0, -8.0, 0.5], dtype=dtype), torch.tensor([0.0, 3.0, 0.25], dtype=dtype)
+    losses = smooth_madl(r, f, 1e4, reduction="none")
+    assert losses.dtype == dtype
+    assert losses.tolist() == [0, 8, -0.5]
+
+
 def test_information_ratio():
     returns = torch.tensor([[0.01, -0.02, 0.03], [0.0, 0.0, 0.0]], dtype=torch.float64)
     mean, deviation = 0.02 / 3, math.sqrt(((0.01 - 0.02 / 3) ** 2 + (0.02 + 0.02 / 3) ** 2 + (0.03 - 0.02 / 3) ** 2) / 2)
