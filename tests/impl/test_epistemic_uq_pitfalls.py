@@ -52,6 +52,14 @@ def test_inner_losses_see_the_mean_only():
     torch.testing.assert_close(mean.sum(-1), torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("form", ["log", "brier"])
+def test_more_axes(form):
+    alphas, classes = ALPHA.expand(4, 2, 3) + torch.arange(4).view(4, 1, 1), Y.expand(4, 2)
+    for loss in (outer_loss, inner_loss):
+        together = loss(alphas, classes, form=form)
+        torch.testing.assert_close(together, torch.stack([loss(a, Y, form=form) for a in alphas]))
+
+
 def test_divergence_and_variance():
     expected = kl_divergence(Dirichlet(ALPHA), Dirichlet(torch.ones_like(ALPHA)))
     torch.testing.assert_close(kl_to_uniform(ALPHA), expected, rtol=1e-10, atol=1e-12)

@@ -48,6 +48,11 @@ def test_inverse(dtype):
     assert compand(torch.zeros(0), 1.0, 1.0).shape == expand(torch.zeros(0), 1.0, 1.0).shape == (0,)
 
 
+def test_scales_are_not_learned_unless_asked():
+    assert not list(WeightCompander(1.0, 2.0).parameters())
+    assert len(list(WeightCompander(1.0, 2.0, learned=True).parameters())) == 2
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_parametrization_keeps_the_function_and_trains(learned):
     torch.manual_seed(0)
