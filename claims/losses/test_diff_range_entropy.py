@@ -6,7 +6,7 @@ which does less of them the more points lie within few triangles; its result is 
 
 Attention: digits of 8 x 8 pixels as 16 patches, transformers of two layers and width 16, 200 steps of Adam at 0.01 on batches of
 32. At the end only the three largest scores of a row are kept, so that 81 % of them are dropped. The weights of the penalties
-(from 0.003 to 0.3 for the entropy, 0.001 to 1 for L1) have the best accuracy then, on other seeds.
+(from 0.003 to 0.3 for the entropy, 0.001 to 1 for L1) had the best accuracy then, on other seeds, after 400 steps.
 """
 
 import functools

@@ -3,7 +3,8 @@
 MNIST-1D, 500 points to train on, a fifth of their labels drawn at random, and the other 4,500 to test on; perceptrons with two
 hidden layers of 100 units, 300 steps of Adam on batches of 64, a decoupled weight decay (times the learning rate). Every method
 starts from the same weights. Learning rate (from 0.003, 0.01, 0.03 and 0.1) and decay (from 0, 1, 2, 4, 8, 12, 36 and 100) were
-chosen for each by its accuracy on other seeds; so were reach and slope, from 1.5 and 3 each.
+chosen for each by its accuracy on other seeds; so were reach (from 1.2, 1.5, 2 and 3) and slope (from 0.75, 1, 1.5 and 3), of
+which, at decays of 2, 4 and 8, none gained more than 0.1 points over plain weights on 24 of them.
 """
 
 import functools

@@ -6,7 +6,7 @@ Losses L_i(lam) of n calibration points do not rise in lam and are at most B. Th
 
 has E L_(n+1)(lam_hat) <= alpha for exchangeable points (Theorem 1), and at least alpha - 2 B / (n + 1) for independent ones whose
 losses jump at different lam (Theorem 2). Where no lam will do, it is the largest. Losses that do rise are made monotone first
-(section 2.4); under a shift of the inputs by known weights w, points count w(x_i), and the new one w(x), for 1 (section 4.1);
+(section 2.3); under a shift of the inputs by known weights w, points count w(x_i), and the new one w(x), for 1 (section 4.1);
 several risks take the largest of their lam_hat (section 4.3).
 """
 
