@@ -58,7 +58,11 @@ def halfway(points, anchors):
     "and the distance falls as fast with alpha.",
     scale="paper",
     control="one point in ten lies halfway between its two nearest anchors; gamma is that of the others",
-    control_breaks=("largest error of a mass over its bound", "least slope of the logarithm of the error, over -gamma"),
+    control_breaks=(
+        "largest error of a mass over its bound",
+        "least slope of the logarithm of the error, over -gamma",
+        "largest error of the entropy at the sharpest",
+    ),
     paper_value="the bound is the paper's theorem",
 )
 def test_surrogate_tends_to_the_hard_cells(arm, rng, evidence):
@@ -79,6 +83,7 @@ def test_surrogate_tends_to_the_hard_cells(arm, rng, evidence):
     evidence.curve("largest error of the entropy", sharpness.tolist(), entropies, x_label="alpha gamma", y_label="nats", log="y")
     evidence.require("largest error of a mass over its bound", (errors / bound).max().item(), below=1.0)
     evidence.require("least slope of the logarithm of the error, over -gamma", slope.min().item(), above=0.9)
+    evidence.require("largest error of the entropy at the sharpest", entropies[-1], below=1e-4, unit="nats")
 
 
 def quickhull(points):
