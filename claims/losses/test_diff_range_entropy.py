@@ -105,20 +105,14 @@ def quickhull(points):
     return abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2, tests
 
 
-def k_means(points, k, generator):
-    centres = points[torch.randperm(len(points), generator=generator)[:k]]
-    for _ in range(30):
-        own = F.one_hot(torch.cdist(points, centres).argmin(1), k).to(points.dtype)
-        centres = torch.where(own.sum(0).unsqueeze(1) > 0, own.T @ points / own.sum(0).clamp(min=1).unsqueeze(1), centres)
-    return centres
-
-
 @functools.cache
 def reshaped(seed, weight):
     """Of new sets: entropy of the cells before and after, tests before over after, and relative error of the hull's area."""
+    from scipy.cluster.vq import kmeans2
+
     generator = torch.Generator().manual_seed(seed)
     train, new = (torch.rand(count, 100, 2, generator=generator) for count in (16, 8))
-    anchors = k_means(train.flatten(0, 1), 8, generator)
+    anchors = torch.from_numpy(kmeans2(train.flatten(0, 1).numpy(), 8, iter=30, minit="points", seed=seed)[0])
     net = EntropyNet(2, generator=generator)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for _ in range(150):
